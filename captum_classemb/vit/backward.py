@@ -6,7 +6,6 @@ each attention module returns needs a derivative.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,8 +17,9 @@ from torch import Tensor, nn
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.precision import wide
 from captum_classemb.readout import Chain
+from captum_classemb.vit.hooks import after, before, hooks_removed, keep_output
 from captum_classemb.vit.parts import Attention, Block, Call, ViT
-from captum_classemb.vit.record import ALL, hooks_removed
+from captum_classemb.vit.record import ALL
 
 __all__ = ["AttentionTape", "attention_gradients", "watched"]
 
@@ -82,11 +82,8 @@ def watched(vit: ViT) -> Iterator[AttentionTape]:
             apart from its block.
     """
     tape = AttentionTape([_only_attention(vit, block) for block in vit.blocks])
-    thread = threading.get_ident()
 
-    def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if threading.get_ident() != thread:
-            return None
+    def start(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tape.calls.clear()
         tape.resid_post.clear()
         tape.entering = leaf = Call(args, kwargs).argument(0).detach().requires_grad_(True)
@@ -94,33 +91,21 @@ def watched(vit: ViT) -> Iterator[AttentionTape]:
             return (leaf, *args[1:]), kwargs
         return args, {**kwargs, next(iter(kwargs)): leaf}
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        if threading.get_ident() == thread:
-            tape.resid_post.append(output[0] if isinstance(output, tuple) else output)
+    def leave(args: Any, kwargs: Any, output: Any) -> None:
+        tape.resid_post.append(output[0] if isinstance(output, tuple) else output)
 
-    handles = [vit.blocks[0].module.register_forward_pre_hook(start, with_kwargs=True)]
-    handles += [block.module.register_forward_hook(leave) for block in vit.blocks]
+    handles = [before(vit.blocks[0].module, start)]
+    handles += [after(block.module, leave) for block in vit.blocks]
     for attention in tape.attentions:
         inner: dict[nn.Module, Tensor] = {}
 
-        def keep(
-            module: nn.Module, args: Any, output: Tensor, inner: dict[nn.Module, Tensor] = inner
-        ) -> None:
-            if threading.get_ident() == thread:
-                inner[module] = output
-
         def end(
-            module: nn.Module,
-            args: Any,
-            kwargs: Any,
-            output: Any,
-            inner: dict[nn.Module, Tensor] = inner,
+            args: Any, kwargs: Any, output: Any, inner: dict[nn.Module, Tensor] = inner
         ) -> None:
-            if threading.get_ident() == thread:
-                tape.calls.append(Call(args, kwargs, output, inner))
+            tape.calls.append(Call(args, kwargs, output, inner))
 
-        handles += [module.register_forward_hook(keep) for module in attention.watch]
-        handles.append(attention.module.register_forward_hook(end, with_kwargs=True))
+        handles += [keep_output(module, inner) for module in attention.watch]
+        handles.append(after(attention.module, end))
     with hooks_removed(handles), torch.enable_grad():
         yield tape
 

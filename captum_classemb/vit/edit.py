@@ -7,17 +7,16 @@ positions itself (rotary or relative ones) are refused.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from captum_classemb.errors import InputError, UnsupportedModelError
+from captum_classemb.vit.hooks import before, hooks_removed
 from captum_classemb.vit.parts import Call, ViT
-from captum_classemb.vit.record import hooks_removed
 
 __all__ = ["keep_tokens", "remove_tokens", "removable_tokens", "run_blocks"]
 
@@ -89,19 +88,15 @@ def remove_tokens(vit: ViT, keep: Tensor) -> Iterator[None]:
         torch.Size([1, 10])
     """
     _refuse_biased_attention(vit)
-    thread = threading.get_ident()
 
-    def drop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if threading.get_ident() != thread:
-            return None
+    def drop(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _refuse_positions(vit, args, kwargs)
         kept = keep_tokens(Call(args, kwargs).argument(0), keep, vit.prefix_tokens)
         if args:
             return (kept, *args[1:]), kwargs
         return args, {**kwargs, next(iter(kwargs)): kept}
 
-    handle = vit.blocks[0].module.register_forward_pre_hook(drop, with_kwargs=True)
-    with hooks_removed([handle]):
+    with hooks_removed([before(vit.blocks[0].module, drop)]):
         yield
 
 

@@ -6,8 +6,7 @@ weights are computed from queries and keys for the query rows that are asked for
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.readout import Chain
+from captum_classemb.vit.hooks import after, before, hooks_removed
 from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT
 
 __all__ = ["ALL", "SITES", "Recording", "record", "record_module"]
@@ -128,9 +128,7 @@ def record_module(
     def hook(args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
         seen[:] = [Call(args, kwargs).input if of_input else output]
 
-    guarded = of_this_thread(hook)
-    handles = [module.register_forward_hook(guarded, with_kwargs=True)]
-    with hooks_removed(handles), torch.no_grad():
+    with hooks_removed([after(module, hook)]), torch.no_grad():
         vit(inputs, *forward_args)
     value = seen[0][0] if seen and isinstance(seen[0], (tuple, list)) else (seen or [None])[0]
     if not isinstance(value, Tensor):
@@ -141,30 +139,8 @@ def record_module(
     return value
 
 
-def of_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
-    """A hook that answers only to the forward passes of the thread that made it."""
-    thread = threading.get_ident()
-
-    # Another thread may call a hook that has just been removed, then without keyword arguments.
-    def guarded(_: nn.Module, *call: Any) -> None:
-        if threading.get_ident() == thread:
-            hook(*call)
-
-    return guarded
-
-
-@contextmanager
-def hooks_removed(handles: list[RemovableHandle]) -> Iterator[None]:
-    """Remove the hooks gathered in ``handles`` at the end, whatever happened."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 class _Recorder:
-    """The hooks of one recording. They answer only to the thread that started it."""
+    """The hooks of one recording."""
 
     def __init__(self, vit: ViT, wanted: dict[str, slice], keep: set[int]) -> None:
         self.vit = vit
@@ -200,14 +176,6 @@ class _Recorder:
 
     # -- hooks
 
-    def _before(self, module: nn.Module, hook: Callable[[tuple[Any, ...], Any], None]) -> None:
-        guarded = of_this_thread(hook)
-        self.handles.append(module.register_forward_pre_hook(guarded, with_kwargs=True))
-
-    def _after(self, module: nn.Module, hook: Callable[[Any, Any, Any], None]) -> None:
-        guarded = of_this_thread(hook)
-        self.handles.append(module.register_forward_hook(guarded, with_kwargs=True))
-
     def _keep(self, site: str, index: int, tensor: Tensor) -> None:
         rows = self.wanted[site]
         kept = tensor if rows == ALL else tensor[:, rows].clone()
@@ -237,7 +205,7 @@ class _Recorder:
                 self._keep(site, index, post)
             pending.clear()
 
-        self._before(block.module, enter)
+        self.handles.append(before(block.module, enter))
         if wants & {"values", "keys", "attention", "attn_tail", "attn_coefficients"} or (
             wants & {"attn_out", "resid_mid"}
         ):
@@ -245,7 +213,7 @@ class _Recorder:
                 self._watch_attention(index, block, attention, pending)
         for mlp in block.mlps:
             self._watch_mlp(index, mlp, pending)
-        self._after(block.module, leave)
+        self.handles.append(after(block.module, leave))
 
     def _watch_attention(
         self, index: int, block: Block, attention: Attention, pending: dict[str, Any]
@@ -261,7 +229,7 @@ class _Recorder:
             self._read_memories(index, attention, call)
             self._read_branch(index, block, attention, call, pending)
 
-        self._before(attention.module, start)
+        self.handles.append(before(attention.module, start))
         for module in {*attention.watch, attention.proj.module}:
 
             def inside(args: Any, kwargs: Any, output: Any, module: nn.Module = module) -> None:
@@ -269,8 +237,8 @@ class _Recorder:
                     calls[0].inner[module] = output
                     calls[0].entered[module] = Call(args, kwargs).input
 
-            self._after(module, inside)
-        self._after(attention.module, end)
+            self.handles.append(after(module, inside))
+        self.handles.append(after(attention.module, end))
 
     def _read_memories(self, index: int, attention: Attention, call: Call) -> None:
         wanted = self.wanted
@@ -325,5 +293,5 @@ class _Recorder:
                 self._keep("mlp_out", index, pending["mlp_out"])
 
         if self._wants("mlp_coefficients", index) or mlp.proj.columns is not None:
-            self._before(mlp.fc2, enter)
-        self._after(mlp.module, end)
+            self.handles.append(before(mlp.fc2, enter))
+        self.handles.append(after(mlp.module, end))

@@ -7,7 +7,6 @@ model's own modules compute each step, whatever their order of norms, scales and
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +16,9 @@ from torch.nn import functional as F
 
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.precision import wide
+from captum_classemb.vit.hooks import after, hooks_removed, keep_output
 from captum_classemb.vit.parts import Attention, Block, Call, ViT
-from captum_classemb.vit.record import ALL, Recording, _Recorder, hooks_removed
+from captum_classemb.vit.record import ALL, Recording, _Recorder
 
 __all__ = ["BlockDerivative", "block_derivative", "record_stream", "runs_alone"]
 
@@ -106,19 +106,11 @@ class BlockDerivative:
     def _run(
         self, block: Block, recorded: list[tuple[Tensor, Tensor, Tensor | None]], rows: slice
     ) -> Tensor:
-        thread = threading.get_ident()
         handles = []
         for attention, tokens in zip(block.attentions, recorded, strict=True):
             inner: dict[nn.Module, Tensor] = {}
 
-            def keep(
-                module: nn.Module, args: Any, output: Tensor, inner: dict[nn.Module, Tensor] = inner
-            ) -> None:
-                if threading.get_ident() == thread:
-                    inner[module] = output
-
             def replace(
-                module: nn.Module,
                 args: tuple[Any, ...],
                 kwargs: Any,
                 output: Any,
@@ -126,15 +118,13 @@ class BlockDerivative:
                 tokens: tuple[Tensor, Tensor, Tensor | None] = tokens,
                 inner: dict[nn.Module, Tensor] = inner,
             ) -> Any:
-                if threading.get_ident() != thread:
-                    return None
                 rewritten = self._attend(
                     attention, Call(args, kwargs, output, inner), *tokens, rows
                 )
                 return (rewritten, *output[1:]) if isinstance(output, tuple) else rewritten
 
-            handles += [watched.register_forward_hook(keep) for watched in attention.watch]
-            handles.append(attention.module.register_forward_hook(replace, with_kwargs=True))
+            handles += [keep_output(watched, inner) for watched in attention.watch]
+            handles.append(after(attention.module, replace))
         # A block of class attention is handed the patches first: there are none here.
         others = [self._leaf[:, :0]] * block.stream
         with hooks_removed(handles):

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from captum_classemb.attr.baselines._base import Baseline
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.precision import wide
 from captum_classemb.vit import ALL, ViT
 from captum_classemb.vit.backward import AttentionTape, watched
-from captum_classemb.vit.record import hooks_removed
+from captum_classemb.vit.hooks import after, hooks_removed
 
 __all__ = ["AttnLRP"]
 
@@ -79,29 +79,27 @@ class AttnLRP(Baseline):
 @contextmanager
 def _frozen(vit: ViT, tape: AttentionTape) -> Iterator[None]:
     """Replace what norms, activations and attention return by the same values, partly held."""
-    thread = threading.get_ident()
     handles = []
 
-    def replaced(rule: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
+    def replaced(
+        module: nn.Module, rule: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    ) -> RemovableHandle:
+        def hook(args: tuple[Any, ...], kwargs: Any, output: Tensor) -> Tensor | None:
             # A fused module may hand its own output on; only calls of this pass are rewritten.
-            ours = threading.get_ident() == thread and args[0].requires_grad
-            return rule(module, args[0], output) if ours else None
+            return rule(module, args[0], output) if args[0].requires_grad else None
 
-        return hook
+        return after(module, hook)
 
     for module in vit.model.modules():
         name = type(module).__name__
         if name.startswith(_NORMS):
-            handles.append(module.register_forward_hook(replaced(_hold_scale)))
+            handles.append(replaced(module, _hold_scale))
         elif name in _ACTIVATIONS:
-            handles.append(module.register_forward_hook(replaced(_hold_ratio)))
+            handles.append(replaced(module, _hold_ratio))
     # Registered after the tape's own hooks, so the call is on the tape already.
     for index, attention in enumerate(tape.attentions):
 
-        def hold_weights(module: nn.Module, args: Any, output: Any, index: int = index) -> Any:
-            if threading.get_ident() != thread:
-                return None
+        def hold_weights(args: Any, kwargs: Any, output: Any, index: int = index) -> Any:
             mixed = tape.weights(index) @ wide(tape.attentions[index].values(tape.calls[index]))
             x = mixed.transpose(1, 2).flatten(2)
             for step in tape.attentions[index].inner(tape.calls[index], ALL):
@@ -109,7 +107,7 @@ def _frozen(vit: ViT, tape: AttentionTape) -> Iterator[None]:
             rewritten = tape.attentions[index].proj(x).to(tape.output(index).dtype)
             return (rewritten, *output[1:]) if isinstance(output, tuple) else rewritten
 
-        handles.append(attention.module.register_forward_hook(hold_weights))
+        handles.append(after(attention.module, hold_weights))
     with hooks_removed(handles):
         yield
 

@@ -1,0 +1,52 @@
+"""Hooks of one forward pass: they answer only to the thread that set them, and never stay behind.
+
+Several threads may explain images with one model at once. Each sets hooks of its own on the shared
+modules, so a hook sees the other threads' passes too and has to leave them alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["after", "before", "hooks_removed", "keep_output"]
+
+
+def before(module: nn.Module, hook: Callable[[tuple[Any, ...], Any], Any]) -> RemovableHandle:
+    """Call ``hook(args, kwargs)`` before the module; what it returns replaces both."""
+    return module.register_forward_pre_hook(_of_this_thread(hook), with_kwargs=True)
+
+
+def after(module: nn.Module, hook: Callable[[tuple[Any, ...], Any, Any], Any]) -> RemovableHandle:
+    """Call ``hook(args, kwargs, output)`` after the module; what it returns replaces the output."""
+    return module.register_forward_hook(_of_this_thread(hook), with_kwargs=True)
+
+
+def keep_output(module: nn.Module, kept: dict[nn.Module, Tensor]) -> RemovableHandle:
+    """Keep what the module returns as ``kept[module]``."""
+    return after(module, lambda args, kwargs, output: kept.update({module: output}))
+
+
+@contextmanager
+def hooks_removed(handles: list[RemovableHandle]) -> Iterator[None]:
+    """Remove the hooks gathered in ``handles`` at the end, whatever happened."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    thread = threading.get_ident()
+
+    # Another thread may call a hook that has just been removed, then without keyword arguments.
+    def guarded(_: nn.Module, *call: Any) -> Any:
+        return hook(*call) if threading.get_ident() == thread else None
+
+    return guarded
