@@ -9,6 +9,7 @@ from captum_classemb.metrics.memories import (
     KeyValueAgreement,
     MemoryCompositionality,
 )
+from captum_classemb.metrics.probing import ProbeStatistics
 from captum_classemb.metrics.projection import TokenReader, TokenScores, target_logits, token_scores
 from captum_classemb.metrics.removal import RemovalCurve, RemovalCurves, removal_curves
 from captum_classemb.metrics.residual import ClassSimilarityChangeRate, ResidualComposition
@@ -25,6 +26,7 @@ __all__ = [
     "KeyValueAgreement",
     "MaskLocalisation",
     "MemoryCompositionality",
+    "ProbeStatistics",
     "RemovalCurve",
     "RemovalCurves",
     "ResidualComposition",

@@ -3,9 +3,13 @@
 from captum_classemb.readout.attention_pooled import AttentionPooled, ProbePool, TimmLatentPool
 from captum_classemb.readout.base import HeldReadout, Readout
 from captum_classemb.readout.class_embedding import ClassEmbedding, Part
+from captum_classemb.readout.files import encode_readout, load_readout, save_readout
 from captum_classemb.readout.function import FunctionReadout
+from captum_classemb.readout.placed import PlacedReadout
+from captum_classemb.readout.probe import LinearProbe, ProbeHeads
 from captum_classemb.readout.steps import Chain, Gate, LayerScale, Linear, Norm, Scale, Step
 from captum_classemb.readout.text import TextEmbedding
+from captum_classemb.readout.tuned import Translator, TunedLens
 
 __all__ = [
     "AttentionPooled",
@@ -16,12 +20,20 @@ __all__ = [
     "HeldReadout",
     "LayerScale",
     "Linear",
+    "LinearProbe",
     "Norm",
     "Part",
+    "PlacedReadout",
+    "ProbeHeads",
     "ProbePool",
     "Readout",
     "Scale",
     "Step",
     "TextEmbedding",
     "TimmLatentPool",
+    "Translator",
+    "TunedLens",
+    "encode_readout",
+    "load_readout",
+    "save_readout",
 ]

@@ -10,34 +10,38 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_classemb.errors import UnsupportedModelError
-from captum_classemb.functional.attention import attention_weights
 from captum_classemb.functional.precision import wide
-from captum_classemb.readout.function import FunctionReadout
+from captum_classemb.readout.base import Readout
 from captum_classemb.readout.steps import Chain, Linear, Norm, Step, along
 
 __all__ = ["AttentionPooled", "HeldAttentionPooled", "LatentPool", "ProbePool", "TimmLatentPool"]
 
 
 class LatentPool(ABC):
-    """Attention from one learnt query over the tokens, with an MLP after it if there is one."""
+    """Attention from one learnt query over the tokens, with an MLP after it if there is one.
 
-    module: nn.Module
+    The query is the same for all images, so keys and values need not be formed: a head's scores
+    are tokens along W_Kᵀq, and its output is W_V applied to one weighted mean of the tokens.
+
+    Attributes:
+        heads: H.
+        scale: factor of the dot products.
+        proj: the steps from the heads' outputs to the pooled token.
+        key_norm: the norm of each key, if there is one.
+    """
+
     heads: int
     scale: float
     proj: tuple[Step, ...]
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """The pooled tokens, by the model's own module: B×D."""
-        pooled: Tensor = self.module(tokens)
-        return pooled
+    key_norm: nn.Module | None = None
 
     @abstractmethod
     def query(self) -> Tensor:
-        """1×H×1×d."""
+        """H×d."""
 
     @abstractmethod
-    def keys(self, tokens: Tensor) -> Tensor:
-        """B×H×N×d."""
+    def key_map(self) -> tuple[Tensor, Tensor | None]:
+        """W_K (D×D) and its bias."""
 
     @abstractmethod
     def value_map(self) -> tuple[Tensor, Tensor | None]:
@@ -45,7 +49,39 @@ class LatentPool(ABC):
 
     @abstractmethod
     def mlp(self, pooled: Tensor) -> Tensor | None:
-        """What the MLP adds to the pooled token, B×1×D; None without one."""
+        """What the MLP adds to the pooled token, …×D; None without one."""
+
+    def weights(self, tokens: Tensor) -> Tensor:
+        """A: B×H×N, for tokens B×N×D in float32 or wider."""
+        query = wide(self.query()) * self.scale
+        weight, bias = self.key_map()
+        if self.key_norm is None:
+            # The bias adds the same to every token's score, which the softmax does not see.
+            along_query = torch.einsum("hd,hdi->ih", query, self._by_head(weight))
+            return (tokens @ along_query).transpose(-2, -1).softmax(-1)
+        keys = F.linear(tokens.to(weight.dtype), weight, bias).unflatten(-1, (self.heads, -1))
+        return torch.einsum("bnhd,hd->bhn", wide(self.key_norm(keys)), query).softmax(-1)
+
+    def mix(self, tokens: Tensor) -> Tensor:
+        """A·V, heads side by side: B×(H·d)."""
+        weight, bias = self.value_map()
+        means = self.weights(tokens) @ tokens
+        mixed = torch.einsum("bhi,hdi->bhd", means, self._by_head(weight)).flatten(1)
+        return mixed if bias is None else mixed + wide(bias)
+
+    def values(self, tokens: Tensor) -> Tensor:
+        """V, heads side by side: what :meth:`mix` gives for each token alone, …×(H·d)."""
+        weight, bias = self.value_map()
+        values: Tensor = F.linear(tokens, wide(weight), None if bias is None else wide(bias))
+        return values
+
+    def pull_values(self, cotangent: Tensor) -> Tensor:
+        """W_Vᵀ·cotangent of each head, B×(H·d) to B×H×D."""
+        by_head = cotangent.unflatten(-1, (self.heads, -1))
+        return torch.einsum("bhd,hdi->bhi", by_head, self._by_head(self.value_map()[0]))
+
+    def _by_head(self, weight: Tensor) -> Tensor:
+        return wide(weight.detach()).unflatten(0, (self.heads, -1))
 
 
 class TimmLatentPool(LatentPool):
@@ -62,24 +98,26 @@ class TimmLatentPool(LatentPool):
             )
         self.module, self.heads, self.scale = module, module.num_heads, float(module.scale)
         self.proj = () if isinstance(module.proj, nn.Identity) else (Linear(module.proj),)
+        self.key_norm = None if isinstance(module.k_norm, nn.Identity) else module.k_norm
 
     def query(self) -> Tensor:
-        pool: Any = self.module
-        query: Tensor = pool.q_norm(_split(pool.q(pool.latent), self.heads))
+        pool = self.module
+        query: Tensor = pool.q_norm(pool.q(pool.latent).reshape(self.heads, -1))
         return query
 
-    def keys(self, tokens: Tensor) -> Tensor:
-        pool: Any = self.module
-        keys: Tensor = pool.k_norm(_split(pool.kv(tokens).chunk(2, -1)[0], self.heads))
-        return keys
+    def key_map(self) -> tuple[Tensor, Tensor | None]:
+        return self._half(0)
 
     def value_map(self) -> tuple[Tensor, Tensor | None]:
-        kv: Any = self.module.kv
-        bias = None if kv.bias is None else kv.bias.detach().chunk(2)[1]
-        return kv.weight.detach().chunk(2)[1], bias
+        return self._half(1)
+
+    def _half(self, index: int) -> tuple[Tensor, Tensor | None]:
+        both = Linear(self.module.kv)
+        bias = both.offset()
+        return both.weight.chunk(2)[index], None if bias is None else bias.chunk(2)[index]
 
     def mlp(self, pooled: Tensor) -> Tensor | None:
-        pool: Any = self.module
+        pool = self.module
         return None if pool.mlp is None else pool.mlp(pool.norm(pooled))
 
 
@@ -92,30 +130,26 @@ class ProbePool(LatentPool):
         self.scale = float(attention.head_dim**-0.5)
         self.proj = (Linear(attention.out_proj),)
 
-    def _project(self, tokens: Tensor, index: int) -> Tensor:
-        attention: Any = self.module.attention
-        weight = attention.in_proj_weight.chunk(3)[index]
-        return _split(F.linear(tokens, weight, attention.in_proj_bias.chunk(3)[index]), self.heads)
+    def _third(self, index: int) -> tuple[Tensor, Tensor]:
+        attention = self.module.attention
+        weight, bias = attention.in_proj_weight.detach(), attention.in_proj_bias.detach()
+        return weight.chunk(3)[index], bias.chunk(3)[index]
 
     def query(self) -> Tensor:
-        probe: Any = self.module.probe
-        return self._project(probe, 0)
+        return F.linear(self.module.probe, *self._third(0)).reshape(self.heads, -1)
 
-    def keys(self, tokens: Tensor) -> Tensor:
-        return self._project(tokens, 1)
+    def key_map(self) -> tuple[Tensor, Tensor | None]:
+        return self._third(1)
 
     def value_map(self) -> tuple[Tensor, Tensor | None]:
-        attention: Any = self.module.attention
-        bias = attention.in_proj_bias.detach().chunk(3)[2]
-        return attention.in_proj_weight.detach().chunk(3)[2], bias
+        return self._third(2)
 
     def mlp(self, pooled: Tensor) -> Tensor | None:
-        head: Any = self.module
-        added: Tensor = head.mlp(head.layernorm(pooled))
+        added: Tensor = self.module.mlp(self.module.layernorm(pooled))
         return added
 
 
-class AttentionPooled(FunctionReadout):
+class AttentionPooled(Readout):
     """Attention pooling, a norm if there is one, and a linear classifier.
 
     Held, the pool's attention and every σ keep their values: the readout is then affine in the
@@ -139,20 +173,33 @@ class AttentionPooled(FunctionReadout):
         token_norm: Norm | None,
         pooled_norm: Norm | None,
     ) -> None:
-        super().__init__(self._read, reads, num_classes)
+        super().__init__()
         self.pool = pool
+        self.reads = reads
+        self.num_classes = num_classes
         self.before: tuple[Norm, ...] = () if token_norm is None else (token_norm,)
-        self.norms_after: tuple[Norm, ...] = () if pooled_norm is None else (pooled_norm,)
-        self.head: tuple[Linear, ...] = () if head is None else (head,)
+        norms = () if pooled_norm is None else (pooled_norm,)
+        self.after: tuple[Step, ...] = norms if head is None else (*norms, head)
 
-    def _read(self, rows: Tensor) -> Tensor:
-        for norm in self.before:
-            rows = norm.module(rows)
-        pooled = self.pool(rows)
-        modules = [norm.module for norm in self.norms_after] + [h.module for h in self.head]
-        for module in modules:
-            pooled = module(pooled)
-        return pooled
+    def forward(self, rows: Tensor) -> Tensor:
+        return self._read(self.pool.mix(Chain.of(self.before, wide(rows)).output))
+
+    def project(self, tokens: Tensor, target: Tensor | None = None) -> Tensor:
+        # A token read alone has all of the pool's attention.
+        logits = self._read(self.pool.values(Chain.of(self.before, wide(tokens)).output))
+        if target is None:
+            return logits
+        return logits.gather(-1, target[:, None, None].expand(*tokens.shape[:2], 1))[..., 0]
+
+    def _read(self, mixed: Tensor) -> Tensor:
+        pooled = Chain.of(self.pool.proj, mixed).output
+        added = self.pool_mlp(pooled)
+        return Chain.of(self.after, pooled if added is None else pooled + added).output
+
+    def pool_mlp(self, pooled: Tensor) -> Tensor | None:
+        """What the pool's MLP adds, computed in the model's own dtype: …×D."""
+        added = self.pool.mlp(pooled.to(self.pool.value_map()[0].dtype))
+        return None if added is None else wide(added)
 
     def hold(self, rows: Tensor) -> HeldAttentionPooled:
         return HeldAttentionPooled(self, wide(rows))
@@ -162,36 +209,26 @@ class HeldAttentionPooled:
     """The readout with the pool's attention and every σ held at some rows (B×Q×D)."""
 
     def __init__(self, readout: AttentionPooled, rows: Tensor) -> None:
-        pool = self.pool = readout.pool
+        self.pool = readout.pool
         self.before = Chain.of(readout.before, rows)
-        dtype = pool.value_map()[0].dtype
-        tokens = self.before.output.to(dtype)
-        self.weights = attention_weights(pool.query(), pool.keys(tokens), pool.scale)
-        weight, bias = pool.value_map()
-        values = wide(_split(F.linear(tokens, weight, bias), pool.heads))
-        mixed = (self.weights @ values).transpose(1, 2).flatten(2)
-        pooled = Chain.of(pool.proj, mixed).output
-        added = pool.mlp(pooled.to(dtype))
-        self.mlp_out = None if added is None else wide(added)
-        total = pooled if self.mlp_out is None else pooled + self.mlp_out
-        self.after = Chain.of((*readout.norms_after, *readout.head), total)
+        tokens = self.before.output
+        self.weights = self.pool.weights(tokens)
+        self.proj = Chain.of(self.pool.proj, self.pool.mix(tokens)[:, None])
+        self.mlp_out = readout.pool_mlp(self.proj.output)
+        total = self.proj.output if self.mlp_out is None else self.proj.output + self.mlp_out
+        self.after = Chain.of(readout.after, total)
 
     def _at_pool(self, g: Tensor) -> tuple[Tensor, Tensor]:
         """The cotangent of what the pool returns (B×1×D), and what biases after it add."""
         return self.after.pull_offsets(g[:, None])
 
     def _carried(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        c, total = self._at_pool(g)
-        proj = Chain(self.pool.proj, (torch.empty(0),) * (len(self.pool.proj) + 1))
-        z, offsets = proj.pull_offsets(c)
-        total = total + offsets
-        # Each token's value vector is W_V x + b, weighted by the attention of the latent query.
-        per_head = self.weights.transpose(-2, -1) * _split(z, self.pool.heads)
-        per_token = per_head.transpose(1, 2).flatten(2)
-        weight, bias = self.pool.value_map()
-        total = total + along(None if bias is None else wide(bias), per_token)
-        u, offsets = self.before.pull_offsets(per_token @ wide(weight))
-        return u, total + offsets
+        c, after = self._at_pool(g)
+        z, proj = self.proj.pull_offsets(c)
+        by_head = self.pool.pull_values(z[:, 0])
+        u, before = self.before.pull_offsets(self.weights.transpose(-2, -1) @ by_head)
+        # The weights of a head sum to 1, so its bias counts once.
+        return u, after + proj + along(self.pool.value_map()[1], z) + before
 
     def pull(self, logit_weights: Tensor) -> Tensor:
         """The directions u (B×Q×D) for the logit weights g (B×C)."""
@@ -206,7 +243,3 @@ class HeldAttentionPooled:
         if self.mlp_out is None:
             return None
         return (self._at_pool(logit_weights)[0] * self.mlp_out).sum((1, 2))
-
-
-def _split(tokens: Tensor, heads: int) -> Tensor:
-    return tokens.view(*tokens.shape[:2], heads, -1).transpose(1, 2)

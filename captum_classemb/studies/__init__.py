@@ -7,6 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from captum_classemb.studies.catalogue import registry
+    from captum_classemb.studies.fitting import (
+        fit_linear_probe,
+        fit_logistic_probe,
+        fit_tuned_lens,
+    )
     from captum_classemb.studies.model_study import ModelStudy, Subject
     from captum_classemb.studies.runner import RunOptions, StudyResult, run_study
     from captum_classemb.studies.study import Study
@@ -19,6 +24,9 @@ __all__ = [
     "Study",
     "StudyResult",
     "Subject",
+    "fit_linear_probe",
+    "fit_logistic_probe",
+    "fit_tuned_lens",
     "read_rows",
     "registry",
     "run_study",
@@ -28,6 +36,9 @@ __all__ = [
 _PLACES = {
     "ModelStudy": "model_study",
     "Subject": "model_study",
+    "fit_linear_probe": "fitting",
+    "fit_logistic_probe": "fitting",
+    "fit_tuned_lens": "fitting",
     "registry": "catalogue",
     "RunOptions": "runner",
     "StudyResult": "runner",
