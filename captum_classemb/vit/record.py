@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.readout import Chain
+from captum_classemb.vit.attention_edit import refuse_edits
 from captum_classemb.vit.hooks import after, before, hooks_removed
 from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT
 
@@ -85,7 +86,8 @@ def record(
         the recording. Every hook is gone when this returns or raises.
 
     Raises:
-        InputError: if a site is unknown, or a block is out of range.
+        InputError: if a site is unknown, a block is out of range, or attention weights are asked
+            for within an edit of attention, which they would not show.
         UnsupportedModelError: if a module the adapter reads was not called.
 
     Examples:
@@ -104,6 +106,8 @@ def record(
     for index in chosen:
         if not -count <= index < count:
             raise InputError(f"block {index} is out of range: the model has {count}.")
+    if wanted.keys() & {"attention", "attn_tail"}:
+        refuse_edits(of_attention=True)
     recorder = _Recorder(vit, wanted, {index % count for index in chosen})
     with recorder.hooked(), torch.no_grad():
         logits = vit(inputs, *forward_args)

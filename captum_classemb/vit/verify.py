@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.functional.precision import exact, wide
 from captum_classemb.readout import Chain
+from captum_classemb.vit.attention_edit import refuse_edits
 from captum_classemb.vit.parts import ViT
 from captum_classemb.vit.record import ALL, Recording, record
 
@@ -52,9 +53,11 @@ def verify(vit: ViT, pixels: Tensor, forward_args: tuple[Any, ...] = ()) -> None
 
     Raises:
         UnsupportedModelError: if they differ by more than rounding.
-        InputError: if the model is in train mode with something random active.
+        InputError: if the model is in train mode with something random active, or its forward
+            pass is edited.
     """
     refuse_random_forward(vit.model)
+    refuse_edits()
     state = _state(vit)
     if vit.verified_state == state:
         return

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import families
 import pytest
 import timm
 import torch
+from masking import logits_without, unfused
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.vit import ViT, adapt, record
-from captum_classemb.vit.edit import keep_tokens, removable_tokens, remove_tokens, run_blocks
+from captum_classemb.vit.edit import (
+    keep_tokens,
+    kept_tokens,
+    removable_tokens,
+    remove_tokens,
+    run_blocks,
+)
+
+#: Names of families whose attention reads positions.
+POSITIONS = re.compile("eva|beit|relative")
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
 
@@ -159,46 +171,107 @@ def test_refusals_say_what_is_wrong() -> None:
         keep_tokens(tokens, torch.zeros(2, 4), 1)
 
 
-class _Rotary(nn.Module):
-    """A block that is handed rotary embeddings beside its tokens."""
+class _Handed(nn.Module):
+    """A block that is handed something beside its tokens."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
 
-    def forward(self, tokens: Tensor, rope: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, other: Any = None) -> Tensor:
         out: Tensor = self.block(tokens)
         return out
 
 
-def test_positions_beside_the_tokens_are_refused() -> None:
+def test_what_is_not_known_beside_the_tokens_is_refused() -> None:
     vit = build("cls")
-    block = vit.blocks[0].module
-    wrapped = _Rotary(block)
+    wrapped = _Handed(vit.blocks[0].module)
     vit.blocks[0].module = wrapped
-    keep = some_patches()
     tokens = torch.zeros(3, 17, 24, dtype=torch.float64)
-    with remove_tokens(vit, keep):
+    with remove_tokens(vit, some_patches()):
         assert wrapped(tokens).shape == (3, 6, 24)
-        with pytest.raises(UnsupportedModelError, match="reads positions"):
-            wrapped(tokens, rope=torch.zeros(16, 8))
-        with pytest.raises(UnsupportedModelError, match="reads positions"):
+        with pytest.raises(UnsupportedModelError, match="handed other beside their tokens"):
+            wrapped(tokens, other=torch.zeros(16, 8))
+        with pytest.raises(UnsupportedModelError, match="handed a tensor beside their tokens"):
             wrapped(tokens, (torch.zeros(16, 8), torch.zeros(16, 8)))
 
 
-def test_biased_attention_is_refused() -> None:
-    vit = build("cls")
-    attention = vit.blocks[1].attentions[0]
-
-    class Biased(type(attention)):  # type: ignore[misc]
-        def bias(self, call: Any, rows: slice) -> Tensor:
-            return torch.zeros(1)
-
-    attention.__class__ = Biased
-    with (
-        pytest.raises(UnsupportedModelError, match="reads positions"),
-        remove_tokens(vit, some_patches()),
-    ):
-        pass
+def test_blocks_that_read_positions_are_not_run_on_tokens_alone() -> None:
+    vit = adapt(families.build("beit"))
     with pytest.raises(UnsupportedModelError, match="reads positions"):
         run_blocks(vit, torch.zeros(1, 17, 24, dtype=torch.float64))
+
+
+# -- Every family, images of a batch losing different numbers of patches
+
+
+def uneven(name: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """A model, three images, and the patches each keeps."""
+    model, pixels = families.build(name), families.images(name, batch=3)
+    h, w = adapt(model).grid((pixels.shape[2], pixels.shape[3]))
+    draws = torch.rand(3, h * w, generator=torch.Generator().manual_seed(5))
+    return model, pixels, draws < torch.tensor([[0.2], [0.5], [0.8]])
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_uneven_removal_equals_masking(name: str) -> None:
+    model, pixels, keep = uneven(name)
+    vit = adapt(model)
+    if name in families.CLASS_ATTENTION:
+        with pytest.raises(UnsupportedModelError, match="Cait"), remove_tokens(vit, keep):
+            pass
+        return
+    expected = logits_without(model, pixels, keep)
+    # Eager attention of transformers computes its softmax in float32.
+    tolerance = 1e-5 if "eager" in name else 1e-10
+    with torch.no_grad(), remove_tokens(vit, keep):
+        found = vit(pixels)
+    assert torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
+    assert not torch.allclose(found, vit(pixels), rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", [name for name in families.FAMILIES if POSITIONS.search(name)])
+def test_equal_removal_equals_masking_where_attention_reads_positions(name: str) -> None:
+    for fused in (True, False):
+        model, pixels, _ = uneven(name)
+        vit = adapt(model if fused else unfused(model))
+        keep = some_patches()
+        visible = torch.zeros(3, 16, dtype=torch.bool).scatter_(1, keep, True)
+        expected = logits_without(families.build(name), pixels, visible)
+        with torch.no_grad(), remove_tokens(vit, keep):
+            assert torch.allclose(vit(pixels), expected, rtol=1e-10, atol=1e-10)
+        everything = torch.arange(16).expand(3, -1)
+        with torch.no_grad(), remove_tokens(vit, everything.flip(1)):
+            assert torch.allclose(vit(pixels), vit.model(pixels), rtol=1e-12)
+
+
+def test_what_is_recorded_has_the_rows_of_the_kept_tokens() -> None:
+    model, pixels, keep = uneven("registers")
+    vit = adapt(model)
+    kept = kept_tokens(keep, vit.prefix_tokens)
+    with remove_tokens(vit, keep):
+        found = record(vit, pixels, ["resid_post"])["resid_post"][-1]
+    assert found.shape[:2] == kept.real.shape
+    for image in range(3):
+        alone = keep[image].nonzero().T
+        with remove_tokens(vit, alone):
+            expected = record(vit, pixels[image, None], ["resid_post"])["resid_post"][-1][0]
+        assert torch.allclose(found[image][kept.real[image]], expected, rtol=1e-12)
+
+
+def test_uneven_removal_where_the_readout_reads_patches() -> None:
+    model, pixels, keep = uneven("mean, no cls")
+    vit = adapt(model)
+    with pytest.raises(InputError, match="call the adapted model"), remove_tokens(vit, keep):
+        model(pixels)
+    nothing = keep.clone()
+    nothing[1] = False
+    with pytest.raises(InputError, match="keeps no patch"), remove_tokens(vit, nothing):
+        vit(pixels)
+    vit = adapt(families.build("cls"))
+    with torch.no_grad(), remove_tokens(vit, torch.zeros(3, 16, dtype=torch.bool)):
+        assert vit(families.images("cls", batch=3)).isfinite().all()
+    with pytest.raises(InputError, match="3 images of 9 patches"), remove_tokens(vit, keep[:, :9]):
+        vit(pixels)
+    with pytest.raises(InputError, match="images×patches"), remove_tokens(vit, keep.float()):
+        pass

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from captum_classemb import ClassEmbeddingGradient, MemoryPatchImportance
 from captum_classemb.errors import InputError
 from captum_classemb.readout import ClassEmbedding
-from captum_classemb.vit import adapt, identities
+from captum_classemb.vit import adapt, identities, record
+from captum_classemb.vit.edit import knock_out, remove_tokens
 
 transformers = pytest.importorskip("transformers")
 
@@ -137,3 +138,22 @@ def test_text_features_of_another_width_are_refused() -> None:
     vit = adapt(image_encoder("CLIPVisionModelWithProjection", "sdpa"))
     with pytest.raises(InputError, match=r"C×24 is needed"):
         ClassEmbedding.from_text_features(vit.readout, torch.zeros(5, 23))
+
+
+@pytest.mark.parametrize(("attention", "tolerance"), [("sdpa", 1e-10), ("eager", 1e-5)])
+@pytest.mark.parametrize("options", [RELATIVE, SHARED, {**RELATIVE, **SHARED}])
+def test_removal_cuts_relative_positions_down(
+    options: Any, attention: str, tolerance: float, images: Tensor
+) -> None:
+    vit = adapt(classifier("BeitForImageClassification", "BeitConfig", options, attention))
+    keep = torch.rand(2, 16, generator=torch.Generator().manual_seed(3)) < 0.5
+    everyone = torch.ones(17, dtype=torch.bool)
+    for image, kept in enumerate(keep):
+        pixels, left = images[image, None], everyone.clone()
+        left[1:] = kept
+        with torch.no_grad(), remove_tokens(vit, keep):
+            found = vit(images)[image, None]
+        with knock_out(vit, ~left.expand(17, 17)):
+            tokens = record(vit, pixels, ["resid_post"])["resid_post"][-1]
+        expected = vit.readout(tokens[:, left][:, vit.readout.reads])
+        assert torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
