@@ -7,6 +7,12 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from captum_classemb.data.cifar import Cifar100, is_cifar100
+from captum_classemb.data.corrupted import (
+    CorruptedCifar,
+    is_cifar_c,
+    is_imagenet_c,
+    open_imagenet_c,
+)
 from captum_classemb.data.folder import (
     is_annotated_folder,
     is_class_folder,
@@ -71,6 +77,10 @@ LAYOUTS: dict[str, Layout] = {
         "images with an annotations.json",
     ),
     "cifar100": Layout(is_cifar100, Cifar100, "CIFAR-100 (cifar-100-python)"),
+    "cifar-c": Layout(
+        is_cifar_c, CorruptedCifar, "CIFAR-10-C or CIFAR-100-C (labels.npy, CORRUPTION.npy)"
+    ),
+    "imagenet-c": Layout(is_imagenet_c, open_imagenet_c, "ImageNet-C (CORRUPTION/SEVERITY/CLASS)"),
     "folder": Layout(is_class_folder, _files("folder", read_class_folder), "one folder a class"),
 }
 

@@ -35,6 +35,7 @@ class Record:
         mask_value: the object's value in the mask; None if every value but 0 is the object.
         ignored_value: the value of pixels that belong to nothing for sure.
         boxes: of the object, in pixels of the stored image, where there is no mask.
+        condition: what was done to the image; empty for an image as it is.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Record:
     mask_value: int | None = None
     ignored_value: int | None = None
     boxes: tuple[Box, ...] | None = None
+    condition: str = ""
 
 
 def problems_to_error(problems: Sequence[str], root: Path) -> DataError:
@@ -149,7 +151,7 @@ class RecordDataset(Dataset[Sample]):
             raise DataError(f"{record.image} cannot be read as an image: {error}.") from error
         if boxes is not None:
             mask = boxes_to_mask(boxes, self.transform.size)
-        return Sample(image, record.label, mask, record.name)
+        return Sample(image, record.label, mask, record.name, record.condition)
 
 
 #: From a folder, and the number of classes of the model, to records.

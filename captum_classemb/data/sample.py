@@ -22,9 +22,11 @@ class Sample(NamedTuple):
         label: class index.
         mask: H×W, uint8 of `CONTEXT`, `OBJECT` and `IGNORED`; None where nobody marked the object.
         name: what to call the image in tables and files; unique within its dataset.
+        condition: what was done to the image, such as ``fog/3``; empty for an image as it is.
     """
 
     image: Tensor
     label: int
     mask: Tensor | None
     name: str
+    condition: str = ""

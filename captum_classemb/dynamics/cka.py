@@ -87,6 +87,7 @@ class MinibatchCKA(Metric):
     cross: Tensor
     first: Tensor
     second: Tensor
+    images: Tensor
 
     def __init__(self, first_layers: int, second_layers: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -94,6 +95,7 @@ class MinibatchCKA(Metric):
         self.add_state("cross", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
         for name, layers in (("first", shape[0]), ("second", shape[1])):
             self.add_state(name, torch.zeros(layers, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, first: Sequence[Tensor], second: Sequence[Tensor] | None = None) -> None:
         """Add one batch: a B×… tensor per layer; ``second`` None compares ``first`` with itself."""
@@ -113,6 +115,7 @@ class MinibatchCKA(Metric):
         self.cross = self.cross + n * unbiased_hsic(k, m)
         self.first = self.first + n * own_k
         self.second = self.second + n * own_m
+        self.images = self.images + n
 
     def compute(self) -> Tensor:
         """CKA of every pair of layers, L×M."""

@@ -1,10 +1,9 @@
-"""Corrupted images: the released CIFAR-C and ImageNet-C folders, and a subset made on the fly."""
+"""A subset of the usual corruptions, made on the fly for any images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from io import BytesIO
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -12,23 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import functional as transforms
 
-from captum_classemb.errors import DataError, InputError
+from captum_classemb.data.corrupted import SEVERITIES
+from captum_classemb.errors import InputError
 
-__all__ = ["RELEASED", "SUBSET", "CorruptedCIFAR", "corrupt", "corrupted_imagenet"]
-
-RELEASED: Final = (
-    "gaussian_noise", "shot_noise", "impulse_noise",
-    "defocus_blur", "glass_blur", "motion_blur", "zoom_blur",
-    "snow", "frost", "fog", "brightness",
-    "contrast", "elastic_transform", "pixelate", "jpeg_compression",
-)  # fmt: skip
-"""The 15 corruptions of Hendrycks & Dietterich (2019), each of 5 severities."""
-
-SEVERITIES: Final = 5
+__all__ = ["SUBSET", "corrupt"]
 
 
 def _noise(x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
@@ -104,69 +92,3 @@ def corrupt(images: Tensor, corruption: str, severity: int, seed: int = 0) -> Te
     apply, strengths = _TABLE[corruption]
     generator = torch.Generator().manual_seed(seed)
     return apply(images, strengths[severity - 1], generator).clamp(0, 1)
-
-
-class CorruptedCIFAR(Dataset[tuple[Tensor, int]]):
-    """One corruption and severity of a CIFAR-10-C or CIFAR-100-C folder as released.
-
-    The folder holds ``labels.npy`` and one ``<corruption>.npy`` of 50,000×32×32×3 bytes each, the
-    five severities one after another.
-
-    Args:
-        folder: the unpacked release.
-        corruption: one of :data:`RELEASED`, or another file of the folder.
-        severity: 1 to 5.
-        transform: applied to a PIL image.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        corruption: str,
-        severity: int,
-        transform: Callable[[Image.Image], Tensor],
-    ) -> None:
-        root = Path(folder)
-        for file in (root / f"{corruption}.npy", root / "labels.npy"):
-            if not file.is_file():
-                raise DataError(f"{file} is missing: give the folder of an unpacked CIFAR-C.")
-        if severity not in range(1, SEVERITIES + 1):
-            raise InputError(f"A severity lies between 1 and {SEVERITIES}, not {severity}.")
-        images = np.load(root / f"{corruption}.npy", mmap_mode="r")
-        labels = np.load(root / "labels.npy")
-        if images.shape[0] != labels.shape[0] or images.shape[0] % SEVERITIES:
-            raise DataError(
-                f"{root} holds {images.shape[0]} images of {corruption} and {labels.shape[0]} "
-                f"labels: both must be the same multiple of {SEVERITIES}."
-            )
-        count = images.shape[0] // SEVERITIES
-        part = slice((severity - 1) * count, severity * count)
-        self.images, self.labels, self.transform = images[part], labels[part], transform
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = Image.fromarray(np.array(self.images[index]))
-        return self.transform(image), int(self.labels[index])
-
-
-def corrupted_imagenet(
-    folder: str | Path,
-    corruption: str,
-    severity: int,
-    transform: Callable[[Image.Image], Tensor],
-) -> ImageFolder:
-    """One corruption and severity of an ImageNet-C folder as released.
-
-    The release is laid out as ``<corruption>/<severity>/<class>/*.JPEG``, possibly one folder
-    deeper, by kind of corruption (noise, blur, weather, digital).
-    """
-    root = Path(folder)
-    places = [root / corruption, *(kind / corruption for kind in root.glob("*"))]
-    for place in places:
-        if (place / str(severity)).is_dir():
-            return ImageFolder(str(place / str(severity)), transform)
-    raise DataError(
-        f"{root} holds no {corruption}/{severity}: give the folder of an unpacked ImageNet-C."
-    )

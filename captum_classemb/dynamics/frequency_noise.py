@@ -93,9 +93,12 @@ class FrequencyNoise(Metric):
         self.add_state("images", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     @torch.no_grad()
-    def update(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
-        """Add one batch."""
-        generator = torch.Generator().manual_seed(self.seed + int(self.images))
+    def update(
+        self, model: nn.Module, images: Tensor, labels: Tensor, *, draw: int | None = None
+    ) -> None:
+        """Add one batch; ``draw`` says which noise it gets, by default that of its turn."""
+        draw = int(self.images) if draw is None else draw
+        generator = torch.Generator().manual_seed(self.seed + draw)
         edges = self.edges.tolist()
         with evaluating(model):
             for i in range(len(edges)):

@@ -192,7 +192,8 @@ class HessianSpectrum(Metric):
     """Top eigenvalues and trace of every batch's loss Hessian, gathered over batches.
 
     ``update(model, images, labels)`` takes one batch; ``compute()`` gives a
-    :class:`SpectrumSummary`. The keyword arguments are those of :func:`top_eigenvalues` and
+    :class:`SpectrumSummary`, batches in the order of their ``number`` (by default, of their turn),
+    whichever process took them. The keyword arguments are those of :func:`top_eigenvalues` and
     :func:`trace`; ``vectors=0`` leaves the trace out.
     """
 
@@ -201,6 +202,7 @@ class HessianSpectrum(Metric):
     full_state_update = False
     eigenvalues: list[Tensor]
     traces: list[Tensor]
+    numbers: list[Tensor]
 
     def __init__(
         self,
@@ -216,11 +218,13 @@ class HessianSpectrum(Metric):
         super().__init__(**kwargs)
         self.count, self.curvature, self.weight_decay = count, curvature, weight_decay
         self.tolerance, self.vectors, self.seed = tolerance, vectors, seed
-        self.add_state("eigenvalues", [], dist_reduce_fx="cat")
-        self.add_state("traces", [], dist_reduce_fx="cat")
+        for name in ("eigenvalues", "traces", "numbers"):
+            self.add_state(name, [], dist_reduce_fx="cat")
 
     @torch.enable_grad()
-    def update(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    def update(
+        self, model: nn.Module, images: Tensor, labels: Tensor, *, number: int | None = None
+    ) -> None:
         """Add the spectrum of one batch."""
         shared: dict[str, Any] = {
             "curvature": self.curvature,
@@ -230,15 +234,20 @@ class HessianSpectrum(Metric):
         values = top_eigenvalues(
             model, images, labels, self.count, tolerance=self.tolerance, **shared
         )
+        turn = len(self.eigenvalues) if number is None else number
         self.eigenvalues.append(values[None])
+        self.numbers.append(torch.tensor([turn]))
         if self.vectors:
             value = trace(model, images, labels, vectors=self.vectors, **shared)
             self.traces.append(torch.tensor([value], dtype=torch.float64))
 
     def compute(self) -> SpectrumSummary:
         """Eigenvalues of all batches, their traces, the share of negative ones."""
-        values = dim_zero_cat(self.eigenvalues)
-        traces = dim_zero_cat(self.traces) if self.traces else torch.empty(0, dtype=torch.float64)
+        order = dim_zero_cat(self.numbers).argsort(stable=True)
+        values = dim_zero_cat(self.eigenvalues)[order]
+        traces = torch.empty(0, dtype=torch.float64)
+        if self.vectors:
+            traces = dim_zero_cat(self.traces)[order]
         return SpectrumSummary(values, traces, negative_share(values))
 
 

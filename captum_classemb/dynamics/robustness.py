@@ -51,10 +51,7 @@ class Robustness(Metric):
     def update(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         """Add one batch."""
         with evaluating(model):
-            self.add_logits(logits_of(model, images), labels)
-
-    def add_logits(self, logits: Tensor, labels: Tensor) -> None:
-        """Add logits B×C and labels B."""
+            logits = logits_of(model, images)
         check_labels(logits, labels)
         loss = cross_entropy(logits.float(), labels, reduction="sum")
         self.nll = self.nll + finite_loss(loss, "on this batch").double()

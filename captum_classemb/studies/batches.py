@@ -28,6 +28,8 @@ class Batch:
         masks: uint8, B×H×W, on the device (all :data:`IGNORED` for an image without one); None
             if no image of the dataset has one.
         names: of the images.
+        conditions: what was done to each image, such as ``fog/3``, or nothing, the empty string;
+            none at all where every image is as it is.
     """
 
     number: int
@@ -36,6 +38,7 @@ class Batch:
     labels: Tensor
     masks: Tensor | None
     names: tuple[str, ...]
+    conditions: tuple[str, ...] = ()
 
 
 def batch_plan(total: int, batch_size: int, limit: int | None = None) -> list[list[int]]:
@@ -84,7 +87,8 @@ def _collate(with_masks: bool) -> Any:
                 [missing if s.mask is None else s.mask.to(torch.uint8) for s in good]
             )
         labels = torch.tensor([sample.label for sample in good])
-        return images, labels, masks, tuple(sample.name for sample in good)
+        names, conditions = zip(*((s.name, s.condition) for s in good), strict=True)
+        return images, labels, masks, names, conditions
 
     return collate
 
@@ -118,7 +122,7 @@ def load_batches(
     for (number, indices), read in zip(plan, loader, strict=True):
         if isinstance(read, DataError):
             raise read
-        images, labels, masks, names = read
+        images, labels, masks, names, conditions = read
         yield Batch(
             number,
             tuple(indices),
@@ -126,4 +130,5 @@ def load_batches(
             labels.to(device, non_blocking=True),
             None if masks is None else masks.to(device, non_blocking=True),
             names,
+            conditions,
         )

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from captum_classemb.dynamics.augmentation import augment as augmented
 from captum_classemb.dynamics.hessian import Curvature, HessianSpectrum, density
 from captum_classemb.dynamics.landscape import LossLandscape
 from captum_classemb.dynamics.trajectory import checkpoint_files, polar_trajectory
@@ -24,28 +25,59 @@ from captum_classemb.studies.tables import Row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["HessianStudy", "LossLandscapeStudy", "TrajectoryStudy"]
+__all__ = ["HessianStudy", "LossLandscapeStudy", "LossStudy", "TrajectoryStudy"]
 
 _DECAY = click.Option(
-    ["--weight-decay"], type=click.FloatRange(min=0), default=0.0,
+    ["--weight-decay"], type=click.FloatRange(min=0), default=1e-4,
     help="λ of the loss's λ/2·‖w‖².",
+)  # fmt: skip
+_AUGMENT = click.Option(
+    ["--augment"], type=click.Choice(["flip-shift", "shift", "none"]), default="flip-shift",
+    help="Shift the images by up to an eighth of their side, and mirror half of them.",
 )  # fmt: skip
 _COUNT = click.Option(
     ["--eigenvalues"], type=click.IntRange(min=1), default=5, help="Eigenvalues of each batch."
 )
 
 
-class HessianStudy(DynamicsStudy):
+class LossStudy(DynamicsStudy):
+    """A study of the training loss: of augmented images, with L2, as the paper insists.
+
+    Args:
+        subject: the model and how it is studied.
+        augment: ``"flip-shift"``, ``"shift"`` or ``"none"``; a batch is augmented in the same way
+            whichever process takes it, and for all weights that it is shown to.
+        weight_decay: λ of the loss's λ/2·‖w‖².
+    """
+
+    def __init__(self, subject: Subject, augment: str, weight_decay: float) -> None:
+        super().__init__(subject)
+        self.loss_settings = {"augment": augment, "weight_decay": weight_decay}
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), **self.loss_settings}
+
+    def images(self, batch: Batch) -> Tensor:
+        """The images of a batch, augmented."""
+        how = self.loss_settings["augment"]
+        if how == "none":
+            return batch.images
+        generator = torch.Generator().manual_seed(self.subject.seed + batch.number)
+        return augmented(batch.images, generator, flip=how == "flip-shift")
+
+
+class HessianStudy(LossStudy):
     """Largest eigenvalues of the loss Hessian batch by batch, share of negative ones, trace.
 
-    The paper measures the training loss: give training images, augmented as in training, and the
-    weight decay. Every batch of ``--batch-size`` images has a Hessian of its own.
+    The paper measures the training loss: give training images and the weight decay of the
+    training. Every batch of ``--batch-size`` images has a Hessian of its own.
     """
 
     name = "hessian"
     parameters = (
         _COUNT,
         _DECAY,
+        _AUGMENT,
         click.Option(
             ["--curvature"], type=click.Choice(["hessian", "ggn"]), default="hessian",
             help="The Hessian, or the Gauss–Newton matrix.",
@@ -56,23 +88,27 @@ class HessianStudy(DynamicsStudy):
         self,
         subject: Subject,
         eigenvalues: int = 5,
-        weight_decay: float = 0.0,
+        weight_decay: float = 1e-4,
+        augment: str = "flip-shift",
         curvature: Curvature = "hessian",
     ) -> None:
-        super().__init__(subject)
-        self.options: dict[str, Any] = {
-            "count": eigenvalues, "weight_decay": weight_decay, "curvature": curvature
-        }  # fmt: skip
-        self.spectrum = HessianSpectrum(**self.options, vectors=8, seed=subject.seed)
+        super().__init__(subject, augment, weight_decay)
+        self.options: dict[str, Any] = {"count": eigenvalues, "curvature": curvature}
+        self.spectrum = HessianSpectrum(
+            **self.options, weight_decay=weight_decay, vectors=8, seed=subject.seed,
+            sync_on_compute=False,
+        )  # fmt: skip
         self.metrics = nn.ModuleDict({"spectrum": self.spectrum})
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), **self.options}
 
     def update(self, batch: Batch) -> None:
-        self.spectrum.update(self.subject.model, batch.images, batch.labels)
+        self.spectrum.update(
+            self.subject.model, self.images(batch), batch.labels, number=batch.number
+        )
 
-    def tables(self) -> dict[str, list[Row]]:
+    def rows(self) -> list[Row]:
         found = self.spectrum.compute()
         batches = len(found.eigenvalues)
         rows = [
@@ -82,7 +118,7 @@ class HessianStudy(DynamicsStudy):
         ]
         for i, values in enumerate(found.eigenvalues):
             rows += [self.row(f"eigenvalue@{i},{k}", v, 1) for k, v in enumerate(values)]
-        return {"hessian": rows}
+        return rows
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
         from captum_classemb.plot.landscapes import eigenvalue_density
@@ -100,7 +136,7 @@ class HessianStudy(DynamicsStudy):
         return {"hessian": figure}
 
 
-class LossLandscapeStudy(DynamicsStudy):
+class LossLandscapeStudy(LossStudy):
     """Loss over a plane through the weights, along two filter-normalised random directions.
 
     Variants: ``"corrected"`` normalises each filter as Li et al. define it, along orthogonal
@@ -110,33 +146,39 @@ class LossLandscapeStudy(DynamicsStudy):
     name = "loss-landscape"
     parameters = (
         _DECAY,
+        _AUGMENT,
         click.Option(["--points"], type=click.IntRange(min=2), default=11, help="Points a side."),
     )
 
-    def __init__(self, subject: Subject, weight_decay: float = 0.0, points: int = 11) -> None:
-        super().__init__(subject)
-        self.options: dict[str, Any] = {"weight_decay": weight_decay, "points": points}
+    def __init__(
+        self,
+        subject: Subject,
+        weight_decay: float = 1e-4,
+        augment: str = "flip-shift",
+        points: int = 11,
+    ) -> None:
+        super().__init__(subject, augment, weight_decay)
         self.landscape = LossLandscape(
-            subject.model, **self.options, variant=self.variant, seed=subject.seed
-        )
+            subject.model, points=points, weight_decay=weight_decay, variant=self.variant,
+            seed=subject.seed, sync_on_compute=False,
+        )  # fmt: skip
         self.metrics = nn.ModuleDict({"landscape": self.landscape})
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), **self.options}
+        return {**super().settings(), "points": len(self.landscape.axis)}
 
     def update(self, batch: Batch) -> None:
-        self.landscape.update(batch.images, batch.labels)
+        self.landscape.update(self.images(batch), batch.labels)
 
-    def tables(self) -> dict[str, list[Row]]:
+    def rows(self) -> list[Row]:
         plane = self.landscape
         loss = plane.compute()
         axis = plane.axis.tolist()
-        rows = [
+        return [
             self.row(f"loss@{a:.4g},{b:.4g}", loss[i, j], plane.images)
             for i, a in enumerate(axis)
             for j, b in enumerate(axis)
         ]
-        return {"loss-landscape": rows}
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
         from matplotlib.figure import Figure
@@ -156,7 +198,7 @@ class LossLandscapeStudy(DynamicsStudy):
         return [rows[len(rows) // 2], max(rows, key=lambda row: row.value)]
 
 
-class TrajectoryStudy(DynamicsStudy):
+class TrajectoryStudy(LossStudy):
     """Optimisation trajectory about the final weights, and the Hessian at each of its checkpoints.
 
     The checkpoints lie in one folder, numbered in their names; the last one is the final one.
@@ -170,6 +212,7 @@ class TrajectoryStudy(DynamicsStudy):
         ),
         _COUNT,
         _DECAY,
+        _AUGMENT,
     )  # fmt: skip
 
     def __init__(
@@ -177,12 +220,18 @@ class TrajectoryStudy(DynamicsStudy):
         subject: Subject,
         checkpoints: Path,
         eigenvalues: int = 5,
-        weight_decay: float = 0.0,
+        weight_decay: float = 1e-4,
+        augment: str = "flip-shift",
     ) -> None:
-        super().__init__(subject)
+        super().__init__(subject, augment, weight_decay)
         self.files = checkpoint_files(checkpoints)
-        self.options: dict[str, Any] = {"count": eigenvalues, "weight_decay": weight_decay}
-        self.spectra = [HessianSpectrum(**self.options, seed=subject.seed) for _ in self.files]
+        self.options: dict[str, Any] = {"count": eigenvalues}
+        self.spectra = [
+            HessianSpectrum(
+                eigenvalues, weight_decay=weight_decay, seed=subject.seed, sync_on_compute=False
+            )
+            for _ in self.files
+        ]
         self.metrics = nn.ModuleDict({"spectra": nn.ModuleList(self.spectra)})
         self.model = copy.deepcopy(subject.model)
 
@@ -192,11 +241,12 @@ class TrajectoryStudy(DynamicsStudy):
 
     def update(self, batch: Batch) -> None:
         self.model.to(batch.images.device)
+        images = self.images(batch)
         for file, spectrum in zip(self.files, self.spectra, strict=True):
             self.model.load_state_dict(read_checkpoint(file))
-            spectrum.update(self.model, batch.images, batch.labels)
+            spectrum.update(self.model, images, batch.labels, number=batch.number)
 
-    def tables(self) -> dict[str, list[Row]]:
+    def rows(self) -> list[Row]:
         path = polar_trajectory([partial(read_checkpoint, file) for file in self.files])
         rows = []
         for i, spectrum in enumerate(self.spectra):
@@ -208,7 +258,7 @@ class TrajectoryStudy(DynamicsStudy):
                 self.row(f"largest_eigenvalue@{i}", found.eigenvalues.amax(1).mean(), n),
                 self.row(f"negative_share@{i}", found.negative, found.eigenvalues.numel()),
             ]
-        return {"trajectory": rows}
+        return rows
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
         from captum_classemb.plot.landscapes import polar_path

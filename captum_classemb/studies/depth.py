@@ -33,14 +33,16 @@ class FourierStudy(DynamicsStudy):
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
         self.depth = DepthMetrics(
-            subject.model, {"fourier": lambda: FourierAmplitude(self.variant)}, self.example()
+            subject.model,
+            {"fourier": lambda: FourierAmplitude(self.variant, sync_on_compute=False)},
+            self.example(),
         )
         self.metrics = nn.ModuleDict({"depth": self.depth})
 
     def update(self, batch: Batch) -> None:
         self.depth.update(batch.images)
 
-    def tables(self) -> dict[str, list[Row]]:
+    def rows(self) -> list[Row]:
         lines = self.depth.compute("fourier")
         rows = []
         high = [float(line[-1]) for line in lines]
@@ -55,7 +57,7 @@ class FourierStudy(DynamicsStudy):
             if found.steps:
                 name = f"share_{'raising' if rises else 'lowering'}_high_frequencies"
                 rows.append(self.row(name, found.obeying / found.steps, found.steps, -1, kind))
-        return {"fourier": rows}
+        return rows
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
         from matplotlib.figure import Figure
@@ -98,14 +100,16 @@ class VarianceStudy(DynamicsStudy):
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
         self.depth = DepthMetrics(
-            subject.model, {"variance": lambda: FeatureMapVariance(self.variant)}, self.example()
+            subject.model,
+            {"variance": lambda: FeatureMapVariance(self.variant, sync_on_compute=False)},
+            self.example(),
         )
         self.metrics = nn.ModuleDict({"depth": self.depth})
 
     def update(self, batch: Batch) -> None:
         self.depth.update(batch.images)
 
-    def tables(self) -> dict[str, list[Row]]:
+    def rows(self) -> list[Row]:
         rows = []
         values = [float(value) for value in self.depth.compute("variance")]
         for step, value, metric in zip(
@@ -121,7 +125,7 @@ class VarianceStudy(DynamicsStudy):
             if found.steps:
                 name = f"share_{'raising' if rises else 'lowering'}_variance"
                 rows.append(self.row(name, found.obeying / found.steps, found.steps, -1, kind))
-        return {"variance": rows}
+        return rows
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
         from captum_classemb.plot.dynamics import depth_profile

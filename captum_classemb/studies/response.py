@@ -1,36 +1,41 @@
-"""How predictions and features respond: frequency noise, corruptions, lesions, similarity."""
+"""How predictions and features respond: frequency noise, lesions, similarity of layers."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-import torch
 from torch import nn
 
-from captum_classemb.data import data_config
 from captum_classemb.dynamics.cka import MinibatchCKA
-from captum_classemb.dynamics.corruptions import SEVERITIES, SUBSET, corrupt
 from captum_classemb.dynamics.frequency_noise import FrequencyNoise
 from captum_classemb.dynamics.lesion import LesionAccuracy, find_lesions
-from captum_classemb.dynamics.robustness import Robustness
-from captum_classemb.models.load import load_model
 from captum_classemb.studies.batches import Batch
-from captum_classemb.studies.dynamics_study import DynamicsStudy, numbers, one_axis
-from captum_classemb.studies.model_study import Subject
+from captum_classemb.studies.dynamics_study import (
+    OTHER_MODEL,
+    DynamicsStudy,
+    OtherModel,
+    numbers,
+    one_axis,
+)
+from captum_classemb.studies.model_study import Subject, weights_digest
 from captum_classemb.studies.tables import Row, select
 from captum_classemb.vit.steps import find_steps, record_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["CKAStudy", "FrequencyNoiseStudy", "LesionStudy", "RobustnessStudy"]
+__all__ = ["CKAStudy", "FrequencyNoiseStudy", "LesionStudy"]
+
+
+def _digest(other: OtherModel | None) -> str:
+    return "" if other is None else weights_digest(other.model)
 
 
 class FrequencyNoiseStudy(DynamicsStudy):
-    """Accuracy under noise of one frequency band, all bands with equal energy."""
+    """Accuracy of one or two models under noise of one frequency band, of equal energy per band."""
 
     name = "frequency-noise"
     parameters = (
@@ -39,95 +44,55 @@ class FrequencyNoiseStudy(DynamicsStudy):
             ["--noise"], type=click.FloatRange(min=0, min_open=True), default=0.3,
             help="Root mean square of the noise, in units of the normalised input.",
         ),
+        *OTHER_MODEL,
     )  # fmt: skip
 
-    def __init__(self, subject: Subject, bands: int = 10, noise: float = 0.3) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        bands: int = 10,
+        noise: float = 0.3,
+        other: str | None = None,
+        other_checkpoint: Path | None = None,
+    ) -> None:
         super().__init__(subject)
-        self.noise = FrequencyNoise(bands, noise, subject.seed)
-        self.metrics = nn.ModuleDict({"noise": self.noise})
+        self.models: dict[str, nn.Module] = {subject.name: subject.model}
+        self.other = None if other is None else OtherModel(subject, other, other_checkpoint)
+        if self.other is not None:
+            # A model may be compared with itself, of other weights.
+            self.models[f"{other} (other)" if other == subject.name else str(other)] = self.other
+        self.noises = [
+            FrequencyNoise(bands, noise, subject.seed, sync_on_compute=False) for _ in self.models
+        ]
+        self.options = {"bands": bands, "noise": noise, "models": list(self.models)}
+        self.metrics = nn.ModuleDict({"noise": nn.ModuleList(self.noises)})
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "bands": len(self.noise.edges) - 1, "noise": self.noise.rms}
+        return {**super().settings(), **self.options, "other_weights": _digest(self.other)}
 
     def update(self, batch: Batch) -> None:
-        self.noise.update(self.subject.model, batch.images, batch.labels)
+        for model, noise in zip(self.models.values(), self.noises, strict=True):
+            noise.update(model, batch.images, batch.labels, draw=batch.number)
 
-    def tables(self) -> dict[str, list[Row]]:
-        whole, *bands = self.noise.compute()
-        n = self.noise.images
-        rows = [self.row("accuracy", whole, n)]
-        for frequency, value in zip(self.noise.centres, bands, strict=True):
-            rows.append(self.row(f"accuracy@{float(frequency):.4f}", value, n))
-        return {"frequency-noise": rows}
+    def rows(self) -> list[Row]:
+        rows = []
+        for name, noise in zip(self.models, self.noises, strict=True):
+            whole, *bands = noise.compute()
+            found = [self.row("accuracy", whole, noise.images)]
+            for frequency, value in zip(noise.centres, bands, strict=True):
+                found.append(self.row(f"accuracy@{float(frequency):.4f}", value, noise.images))
+            rows += [row._replace(model=name) for row in found]
+        return rows
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
         from captum_classemb.plot.dynamics import frequency_noise_lines
 
-        rows = tables["frequency-noise"]
+        lines = {name: select(tables[self.name], model=name) for name in self.models}
         figure, axis = one_axis()
-        frequencies = np.array([numbers(row.metric)[0] for row in rows[1:]])
-        values = {self.subject.name: np.array([row.value for row in rows])}
+        frequencies = np.array([numbers(row.metric)[0] for row in lines[self.subject.name][1:]])
+        values = {name: np.array([row.value for row in rows]) for name, rows in lines.items()}
         frequency_noise_lines(axis, frequencies, values)
-        return {"frequency-noise": figure}
-
-
-class RobustnessStudy(DynamicsStudy):
-    """Accuracy, NLL and calibration error on clean images and under corruptions made on the fly.
-
-    The corruptions are a subset of the released benchmark, of strengths of their own. A released
-    folder of one corruption and severity can be given as ``--data``: its numbers are those of
-    ``clean``.
-    """
-
-    name = "robustness"
-
-    def __init__(self, subject: Subject) -> None:
-        super().__init__(subject)
-        config = data_config(subject.model)
-        self.mean = torch.tensor(config["mean"])[:, None, None]
-        self.std = torch.tensor(config["std"])[:, None, None]
-        self.levels = [("clean", 0)]
-        self.levels += [(name, s) for name in SUBSET for s in range(1, SEVERITIES + 1)]
-        self.quality = nn.ModuleList(Robustness() for _ in self.levels)
-        self.metrics = nn.ModuleDict({"quality": self.quality})
-
-    def update(self, batch: Batch) -> None:
-        mean, std = self.mean.to(batch.images), self.std.to(batch.images)
-        pixels = (batch.images * std + mean).clamp(0, 1)
-        for (name, severity), metric in zip(self.levels, self.quality, strict=True):
-            images = batch.images
-            if severity:
-                seed = self.subject.seed + batch.number
-                images = (corrupt(pixels, name, severity, seed) - mean) / std
-            cast(Robustness, metric).update(self.subject.model, images, batch.labels)
-
-    def tables(self) -> dict[str, list[Row]]:
-        rows = []
-        for (name, severity), metric in zip(self.levels, self.quality, strict=True):
-            robustness = cast(Robustness, metric)
-            for measure, value in robustness.compute()._asdict().items():
-                label = f"{name}_{measure}@{severity}"
-                rows.append(self.row(label, value, robustness.count.sum()))
-        return {"robustness": rows}
-
-    def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
-        from matplotlib.figure import Figure
-
-        from captum_classemb.plot.landscapes import robustness_lines
-
-        values = {row.metric: row.value for row in tables["robustness"]}
-        figure = Figure(figsize=(11, 3.6), layout="constrained")
-        labels = {"accuracy": "accuracy", "nll": "NLL (nats)", "ece": "calibration error"}
-        for axis, (measure, label) in zip(figure.subplots(1, 3), labels.items(), strict=True):
-            table = [
-                [values[f"{name}_{measure}@{s}"] for s in range(1, SEVERITIES + 1)]
-                for name in SUBSET
-            ]
-            robustness_lines(axis, {self.subject.name: np.array(table)}, label)
-        return {"robustness": figure}
-
-    def headline(self, tables: dict[str, list[Row]]) -> list[Row]:
-        return [row for row in tables["robustness"] if row.metric.startswith("clean")]
+        return {self.name: figure}
 
 
 class LesionStudy(DynamicsStudy):
@@ -138,19 +103,19 @@ class LesionStudy(DynamicsStudy):
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
         self.lesions = find_lesions(subject.model, self.example())
-        self.accuracy = LesionAccuracy(self.lesions)
+        self.accuracy = LesionAccuracy(self.lesions, sync_on_compute=False)
         self.metrics = nn.ModuleDict({"accuracy": self.accuracy})
 
     def update(self, batch: Batch) -> None:
         self.accuracy.update(self.subject.model, batch.images, batch.labels)
 
-    def tables(self) -> dict[str, list[Row]]:
+    def rows(self) -> list[Row]:
         whole, *parts = self.accuracy.compute()
         n = self.accuracy.images
         rows = [self.row("accuracy", whole, n)]
         for lesion, value in zip(self.lesions, parts, strict=True):
             rows.append(self.row("accuracy_without", value, n, lesion.block, lesion.kind))
-        return {"lesion": rows}
+        return rows
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
         from captum_classemb.plot.dynamics import lesion_bars
@@ -170,30 +135,24 @@ class CKAStudy(DynamicsStudy):
     """
 
     name = "cka"
-    parameters = (
-        click.Option(["--other"], metavar="NAME", help="A second model, as for --model."),
-        click.Option(
-            ["--other-checkpoint"], type=click.Path(path_type=Path), metavar="FILE",
-            help="Weights for it.",
-        ),
-    )  # fmt: skip
+    parameters = OTHER_MODEL
 
     def __init__(
         self, subject: Subject, other: str | None = None, other_checkpoint: Path | None = None
     ) -> None:
         super().__init__(subject)
-        self.other = None if other is None else load_model(other, other_checkpoint)
+        self.other = None if other is None else OtherModel(subject, other, other_checkpoint)
         self.other_name = subject.name if other is None else other
         self.steps = find_steps(subject.model, self.example())
         self.others = self.steps
         if self.other is not None:
-            self.other.to(self.device)
             self.others = find_steps(self.other, self.example())
-        self.cka = MinibatchCKA(len(self.steps), len(self.others))
+        self.cka = MinibatchCKA(len(self.steps), len(self.others), sync_on_compute=False)
         self.metrics = nn.ModuleDict({"cka": self.cka})
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "other": self.other_name}
+        other = {"other": self.other_name, "other_weights": _digest(self.other)}
+        return {**super().settings(), **other}
 
     def update(self, batch: Batch) -> None:
         if len(batch.indices) < 4 and batch.number:
@@ -204,14 +163,13 @@ class CKAStudy(DynamicsStudy):
             second = record_steps(self.other, batch.images, self.others)
         self.cka.update(first, second)
 
-    def tables(self) -> dict[str, list[Row]]:
+    def rows(self) -> list[Row]:
         values = self.cka.compute().reshape(len(self.steps), len(self.others))
-        rows = [
-            self.row(f"cka@{i},{j}", values[i, j], 1, step.block, step.kind)
+        return [
+            self.row(f"cka@{i},{j}", values[i, j], self.cka.images, step.block, step.kind)
             for i, step in enumerate(self.steps)
             for j in range(len(self.others))
         ]
-        return {"cka": rows}
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
         from captum_classemb.plot.dynamics import similarity_matrix

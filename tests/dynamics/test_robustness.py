@@ -1,25 +1,16 @@
-"""Prediction quality against torchmetrics, corruptions against what they must do, layouts."""
+"""Prediction quality against torchmetrics, corruptions against what they must do."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from captum_classemb.dynamics.corruptions import (
-    SUBSET,
-    CorruptedCIFAR,
-    corrupt,
-    corrupted_imagenet,
-)
+from captum_classemb.dynamics.corruptions import SUBSET, corrupt
 from captum_classemb.dynamics.robustness import Robustness
-from captum_classemb.errors import DataError, InputError, NonFiniteError
+from captum_classemb.errors import InputError, NonFiniteError
 
 
 def test_quality_equals_torchmetrics() -> None:
@@ -39,9 +30,9 @@ def test_quality_equals_torchmetrics() -> None:
 
 def test_bad_predictions() -> None:
     with pytest.raises(NonFiniteError, match="loss is not finite"):
-        Robustness().add_logits(torch.full((2, 3), torch.nan), torch.tensor([0, 1]))
+        Robustness().update(nn.Identity(), torch.full((2, 3), torch.nan), torch.tensor([0, 1]))
     with pytest.raises(InputError, match="0–2"):
-        Robustness().add_logits(torch.zeros(2, 3), torch.tensor([0, 3]))
+        Robustness().update(nn.Identity(), torch.zeros(2, 3), torch.tensor([0, 3]))
 
 
 @pytest.mark.parametrize("corruption", SUBSET)
@@ -84,36 +75,3 @@ def test_bad_corruptions() -> None:
         corrupt(images, "contrast", 6)
     with pytest.raises(InputError, match="0..1"):
         corrupt(images - 1, "contrast", 1)
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def test_cifar_c_layout(tmp_path: Path) -> None:
-    images = np.arange(15, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
-    np.save(tmp_path / "fog.npy", images)
-    np.save(tmp_path / "labels.npy", np.tile([7, 8, 9], 5))
-    data = CorruptedCIFAR(tmp_path, "fog", 4, to_tensor)
-    assert len(data) == 3
-    assert [int(x[0, 0, 0]) for x, _ in (data[i] for i in range(3))] == [9, 10, 11]
-    assert [data[i][1] for i in range(3)] == [7, 8, 9]
-    with pytest.raises(DataError, match="snow.npy is missing"):
-        CorruptedCIFAR(tmp_path, "snow", 1, to_tensor)
-    with pytest.raises(InputError, match="severity"):
-        CorruptedCIFAR(tmp_path, "fog", 0, to_tensor)
-    np.save(tmp_path / "labels.npy", np.zeros(4))
-    with pytest.raises(DataError, match="15 images of fog and 4"):
-        CorruptedCIFAR(tmp_path, "fog", 1, to_tensor)
-
-
-@pytest.mark.parametrize("prefix", ["", "weather"])
-def test_imagenet_c_layout(tmp_path: Path, prefix: str) -> None:
-    for label in ("n01", "n02"):
-        place = tmp_path / prefix / "fog" / "2" / label
-        place.mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(place / "a.JPEG")
-    data = corrupted_imagenet(tmp_path, "fog", 2, to_tensor)
-    assert [label for _, label in data] == [0, 1]
-    with pytest.raises(DataError, match="no fog/3"):
-        corrupted_imagenet(tmp_path, "fog", 3, to_tensor)
