@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["cli", "debug_option", "main"]
 
-_METHODS = ("projection", "gradient", "memory")
+_METHODS = ("importance", "projection", "gradient", "memory")
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _BAD_INPUT = 2
 _BUG = 1
@@ -79,13 +79,19 @@ def debug_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example: captum-classemb explain --output out",
+)
 @click.version_option(__version__, prog_name="captum-classemb")
 def cli() -> None:
     """Explain Vision Transformers in class embedding space."""
 
 
-@cli.command()
+@cli.command(
+    epilog="Example: captum-classemb explain photo.jpg --model vit_base_patch16_224 --target tabby"
+)
 @click.argument("images", nargs=-1, type=click.Path(path_type=Path), metavar="[IMAGE]...")
 @click.option(
     "--model",
@@ -111,15 +117,26 @@ def cli() -> None:
     "--method",
     "methods",
     multiple=True,
+    metavar="NAME",
     type=click.Choice(_METHODS),
-    help="Method to use; several allowed. Default: all.",
+    help=f"{', '.join(_METHODS)}; several allowed. Default: all.",
 )
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps, ...")
-@click.option("--dtype", default="float32", show_default=True, type=click.Choice(_DTYPES))
+@click.option(
+    "--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda, cuda:1, mps, ..."
+)
+@click.option(
+    "--dtype",
+    default="float32",
+    show_default=True,
+    metavar="NAME",
+    type=click.Choice(_DTYPES),
+    help=", ".join(_DTYPES) + ".",
+)
 @click.option(
     "--batch-size",
     default=8,
     show_default=True,
+    metavar="N",
     type=click.IntRange(min=1),
     help="Images in one forward pass.",
 )
@@ -130,6 +147,12 @@ def cli() -> None:
     metavar="DIR",
     type=click.Path(path_type=Path),
     help="Folder for the results.",
+)
+@click.option(
+    "--html",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Write one page to explore one image instead: every block, head and class.",
 )
 @click.option("--quiet", is_flag=True, help="No progress bar, no table.")
 @debug_option
@@ -145,6 +168,7 @@ def explain(
     dtype: str,
     batch_size: int,
     output: Path,
+    html: Path | None,
     quiet: bool,
 ) -> None:
     """Show which patches of an image speak for a class.
@@ -156,7 +180,7 @@ def explain(
     import torch
     from tqdm import tqdm
 
-    from captum_classemb.explain import Options, Run
+    from captum_classemb.explain import Options, Run, write_page
 
     given: dict[str, Any] = {"model": model, "methods": methods}
     run = Run(
@@ -167,7 +191,7 @@ def explain(
             device=device,
             dtype=getattr(torch, dtype),
             batch_size=batch_size,
-            output=output,
+            output=output if html is None else html.parent,
             **{key: value for key, value in given.items() if value},
         )
     )
@@ -176,6 +200,11 @@ def explain(
             "Note: the packaged model knows handwritten digits only: name another with --model.",
             err=True,
         )
+    if html is not None:
+        outcome = write_page(run, html, progress=not quiet)
+        if not quiet:
+            _print_table([outcome], "page")
+        return
     outcomes: list[Outcome] = []
     bar = tqdm(
         run,
@@ -196,11 +225,11 @@ def explain(
         ctx.exit(_BAD_INPUT)
 
 
-def _print_table(outcomes: Sequence[Outcome]) -> None:
+def _print_table(outcomes: Sequence[Outcome], written: str = "picture") -> None:
     """A line for each image: its class, what was explained, where the picture is."""
     if not outcomes:
         return
-    rows = [("image", "top class", "", "explained", "picture")]
+    rows = [("image", "top class", "", "explained", written)]
     for outcome in outcomes:
         best = outcome.top[0]
         explained = ", ".join(target.name for target in outcome.targets)
@@ -218,6 +247,16 @@ def _print_table(outcomes: Sequence[Outcome]) -> None:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         cells[2] = row[2].rjust(widths[2])
         click.echo("  ".join(cells).rstrip())
+
+
+@cli.command(epilog="Example: captum-classemb doctor")
+@debug_option
+def doctor() -> None:
+    """Say what this installation can do: versions, devices, extras, weights."""
+    from captum_classemb.doctor import check_up
+
+    for what, state in check_up():
+        click.echo(f"{what:<20}{state}")
 
 
 cli.add_command(study_group(debug_option))

@@ -15,6 +15,7 @@ from captum_classemb.attr import (
     ClassEmbeddingGradient,
     ClassEmbeddingProjection,
     MemoryPatchImportance,
+    PatchImportance,
 )
 from captum_classemb.functional.identifiability import identifiability
 from captum_classemb.vit import ViT, record
@@ -47,20 +48,32 @@ class Method:
         caption: what its scores are.
         build: the attribution, with its default options.
         options: these options, for the record.
+        whole: what its map sums.
+        every_class: whether the maps of all classes cost little more than one.
     """
 
     title: str
     caption: str
     build: Callable[[ViT], PatchMethod]
     options: Mapping[str, object]
+    whole: str = "all blocks and heads"
+    every_class: bool = True
 
 
 METHODS: dict[str, Method] = {
+    "importance": Method(
+        "Importance",
+        "evidence that attention carries, all blocks and heads",
+        PatchImportance,
+        {},
+        every_class=False,
+    ),
     "projection": Method(
         "Projection",
         "class logit of each patch token, last block",
         ClassEmbeddingProjection,
         {"score": "logit", "site": "resid_post", "block": -1},
+        whole="last block",
     ),
     "gradient": Method(
         "Gradient",

@@ -161,15 +161,9 @@ class Run:
         for photo, explanation in zip(batch, explanations, strict=True):
             yield self._write(photo, explanation)
 
-    def _scores(self, explanation: Explanation, indices: Sequence[int]) -> list[ClassScore]:
-        return [
-            ClassScore(index, self.names[index], float(explanation.probabilities[index]))
-            for index in indices
-        ]
-
     def _write(self, photo: _Photograph, explanation: Explanation) -> Outcome:
-        targets = self._scores(explanation, explanation.targets)
-        top = self._scores(explanation, explanation.top)
+        targets = scores(self.names, explanation.probabilities, explanation.targets)
+        top = scores(self.names, explanation.probabilities, explanation.top)
         record = self._record(photo, explanation, targets, top)
         write_together(
             self.options.output,
@@ -250,6 +244,13 @@ class Run:
             "seed": None,
             "versions": _versions(),
         }
+
+
+def scores(
+    names: ClassNames, probabilities: npt.NDArray[np.floating], indices: Sequence[int]
+) -> list[ClassScore]:
+    """Classes with their names and probabilities."""
+    return [ClassScore(index, names[index], float(probabilities[index])) for index in indices]
 
 
 def _archive(photo: _Photograph, explanation: Explanation) -> bytes:

@@ -41,7 +41,7 @@ def _options() -> list[click.Option]:
         ),
         click.Option(
             ["--data", "data_path"], required=True, type=folder, metavar="PATH",
-            help="Folder of the dataset.",
+            help="Folder of the dataset; or the word scenes: digits drawn on demand.",
         ),
         click.Option(
             ["--layout"], type=click.Choice(list(LAYOUTS)),
@@ -81,6 +81,13 @@ def _options() -> list[click.Option]:
     ]  # fmt: skip
 
 
+def _training_option() -> click.Option:
+    return click.Option(
+        ["--train-data"], type=click.Path(path_type=Path), metavar="PATH",
+        help="What is fitted on. Default: the dataset's own train split; without one, 5 folds.",
+    )  # fmt: skip
+
+
 class StudyGroup(click.Group):
     """Subcommands that are looked up in the registry of studies.
 
@@ -112,9 +119,11 @@ class StudyGroup(click.Group):
 
         function = callback if self.decorate is None else self.decorate(callback)
         extra = getattr(function, "__click_params__", [])
-        parameters = [*_options(), *study.parameters, *extra]
+        trains = [_training_option()] if study.trains else []
+        parameters = [*_options(), *trains, *study.parameters, *extra]
         return click.Command(
             cmd_name, callback=callback, params=parameters, help=study.summary(),
+            epilog=_example(cmd_name),
             context_settings={"show_default": True},
         )  # fmt: skip
 
@@ -122,8 +131,16 @@ class StudyGroup(click.Group):
 def study_group(decorate: Decorator | None = None) -> click.Group:
     """The group ``study``, to be added to a command line."""
     return StudyGroup(
-        "study", decorate=decorate, help="Measure a model over a dataset, as the paper does."
+        "study",
+        decorate=decorate,
+        help="Measure a model over a dataset, as the paper does.",
+        epilog=_example("identifiability"),
     )
+
+
+def _example(name: str) -> str:
+    options = "--model vit_base_patch16_224 --data FOLDER --output results"
+    return f"Example: captum-classemb study {name} {options}"
 
 
 def run_command(study: type[Any], given: dict[str, Any]) -> None:
@@ -176,12 +193,18 @@ def _subject(given: dict[str, Any]) -> Subject:
 
 
 def _dataset(given: dict[str, Any], subject: Subject) -> StudyDataset:
-    from captum_classemb.data import PairedTransform, data_config, open_dataset
+    from captum_classemb.data import PairedTransform, TrainAndTest, data_config, open_dataset
 
     config = data_config(subject.model)
     transform = PairedTransform.from_config(config, given["resize"])
     classes: Any = getattr(subject.model, "num_classes", None)
-    return open_dataset(given["data_path"], transform, given["layout"], classes)
+    data = open_dataset(given["data_path"], transform, given["layout"], classes)
+    if "train_data" not in given:
+        return data
+    if given["train_data"] is not None:
+        return TrainAndTest(data, open_dataset(given["train_data"], transform, None, classes))
+    own = getattr(data, "training", None)
+    return data if own is None else TrainAndTest(data, own())
 
 
 def _print_rows(rows: Sequence[Row]) -> None:

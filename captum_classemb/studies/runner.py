@@ -4,6 +4,7 @@ The dataset is cut into batches whose content and order depend on the dataset an
 alone. Process r of R takes batches r, r + R, …; so every batch is computed as one process would
 compute it, and counts are the same whatever R is. A checkpoint holds the sums and the number of
 batches in them: a run that is killed and resumed repeats at most the batches since the last one.
+A study may ask for several passes, between which the processes add up what they have.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import io
 import json
 import platform
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from tqdm import tqdm
 
 from captum_classemb.data import StudyDataset
 from captum_classemb.errors import ClassEmbError, OutputError
-from captum_classemb.studies.batches import batch_plan, load_batches
+from captum_classemb.studies.batches import batch_plan, chosen_images, load_batches
 from captum_classemb.studies.storage import Checkpoints, exclusive, write_atomically
 from captum_classemb.studies.study import Study
 from captum_classemb.studies.tables import Row, read_rows, write_rows
@@ -190,59 +193,101 @@ def run_study(
             tables = {name: read_rows(output / f"{name}.csv") for name in run["tables"]}
             return StudyResult(tables, output, run["images"], info=run)
         started = time.monotonic()
-        images = _stream(study, data, output, options, torch.device(device), world)
+        plan = _plan(study, data, options)
+        notices = study.notices()
+        if options.progress and world.leads:
+            for notice in notices:
+                tqdm.write(notice, file=sys.stderr)
+        checkpoints = Checkpoints(output / _CHECKPOINTS, world.rank)
+        _stream(study, data, plan, checkpoints, options, torch.device(device), world)
         study.metrics.cpu()
         tables = study.tables()
+        images = len({index for batches in plan for batch in batches for index in batch})
         seconds = time.monotonic() - started
         run |= {"complete": True, "tables": list(tables), "images": images}
+        run |= {"notices": notices, **study.notes()}
         run |= {"seconds": round(seconds, 3), "device": str(device)}
         if world.leads:
             _write_results(study, tables, output, run)
         world.wait()
-        Checkpoints(output / _CHECKPOINTS, world.rank).remove()
+        checkpoints.remove()
         return StudyResult(tables, output, images, seconds, run)
+
+
+def _plan(study: Study, data: StudyDataset, options: RunOptions) -> list[list[list[int]]]:
+    """The batches of each pass."""
+    images = chosen_images(len(data), options.limit)
+    return [batch_plan(part, options.batch_size) for part in study.passes(data, images)]
 
 
 def _stream(
     study: Study,
     data: StudyDataset,
-    output: Path,
+    plan: Sequence[Sequence[list[int]]],
+    checkpoints: Checkpoints,
     options: RunOptions,
     device: torch.device,
     world: World,
-) -> int:
-    """Take this process's batches into the study's sums; the number of all images."""
-    plan = batch_plan(len(data), options.batch_size, options.limit)
-    mine = list(enumerate(plan))[world.rank :: world.size]
-    checkpoints = Checkpoints(output / _CHECKPOINTS, world.rank)
+) -> None:
+    """Take this process's batches into the study's sums, pass after pass."""
+    numbers = count()
+    mine = [
+        [(next(numbers), indices) for indices in batches][world.rank :: world.size]
+        for batches in plan
+    ]
     study.metrics.to(device)
-    done = 0
     for metric in study.metrics.modules():
         if isinstance(metric, Metric):
             metric.persistent(True)
-    if options.resume and (stored := checkpoints.load()) is not None:
-        done, state = stored
-        study.metrics.load_state_dict(state)
+    first, done = _restore(study, checkpoints, options.resume, device, world)
     every = max(1, options.checkpoint_every // options.batch_size)
     bar = tqdm(
-        total=sum(len(indices) for _, indices in mine),
-        initial=sum(len(indices) for _, indices in mine[:done]),
+        total=sum(len(indices) for batches in mine for _, indices in batches),
+        initial=sum(len(indices) for batches in mine[:first] for _, indices in batches)
+        + sum(len(indices) for _, indices in mine[first][:done]),
         unit="image",
         desc=study.name,
-        disable=not (options.progress and world.leads),
+        # None: shown on terminals alone.
+        disable=None if options.progress and world.leads else True,
     )
-    saved = done
     with bar, torch.no_grad():
-        for batch in load_batches(data, mine[done:], device, options.workers):
-            study.update(batch)
-            done += 1
-            bar.update(len(batch.indices))
-            if done - saved >= every:
-                checkpoints.save(done, study.metrics.state_dict())
-                saved = done
-    if done > saved:
-        checkpoints.save(done, study.metrics.state_dict())
-    return sum(len(indices) for indices in plan)
+        for number in range(first, len(mine)):
+            saved = done
+            for batch in load_batches(data, mine[number][done:], device, options.workers):
+                study.update(batch)
+                done += 1
+                bar.update(len(batch.indices))
+                if done - saved >= every:
+                    checkpoints.save(number, done, study.metrics.state_dict())
+                    saved = done
+            if done > saved:
+                checkpoints.save(number, done, study.metrics.state_dict())
+            if number + 1 < len(mine):
+                # All have saved the pass before any goes on, and none goes far ahead: whenever
+                # they are killed, there is a pass of which everyone has a checkpoint.
+                world.wait()
+                study.end_pass(number, world)
+                study.begin_pass(number + 1)
+                done = 0
+                checkpoints.save(number + 1, done, study.metrics.state_dict())
+                world.wait()
+
+
+def _restore(
+    study: Study, checkpoints: Checkpoints, resume: bool, device: torch.device, world: World
+) -> tuple[int, int]:
+    """Go back to where all processes were: the pass, and this one's batches done in it."""
+    number = world.least(checkpoints.newest() if resume else 0)
+    stored = checkpoints.load(number) if resume else None
+    # A pass after the first one starts with what the one before it found.
+    if not world.least(int(stored is not None or number == 0)):
+        number, stored = 0, None
+    study.begin_pass(number)
+    if stored is None:
+        return number, 0
+    study.metrics.load_state_dict(stored[1])
+    study.metrics.to(device)
+    return number, stored[0]
 
 
 def _write_results(

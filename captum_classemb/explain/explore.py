@@ -1,0 +1,239 @@
+"""The numbers behind the explorer's page, collected from one model and one image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from captum_classemb.attr import ClassEmbeddingProjection, MemoryPatchImportance
+from captum_classemb.data.images import Preprocess, read_image
+from captum_classemb.errors import UnsupportedModelError
+from captum_classemb.explain.compute import METHODS, TOP
+from captum_classemb.explorer import (
+    Contents,
+    ExplorerPage,
+    LedgerEntries,
+    MethodMaps,
+    explorer_page,
+    quantise,
+)
+from captum_classemb.functional.identifiability import rank
+from captum_classemb.functional.ledger import LogitLedger
+from captum_classemb.models.names import ClassNames, class_names
+from captum_classemb.plot import DIVERGING
+from captum_classemb.vit import ViT, adapt, record
+
+__all__ = ["Explore", "explore"]
+
+Floats = npt.NDArray[np.floating]
+
+# What PatchImportance takes at once: more classes cost more time than a page is worth.
+_FEW = 64
+
+
+def explore(
+    model: nn.Module,
+    image: str | Path | Image.Image,
+    targets: Sequence[str | int] = (),
+    *,
+    names: ClassNames | None = None,
+    preprocess: Preprocess | None = None,
+) -> ExplorerPage:
+    """A page to explore one image; a notebook shows it in place, `save` writes it to a file.
+
+    Args:
+        model: a supported Vision Transformer with a classifier of its own.
+        image: the image, or its file.
+        targets: classes by index or name; the five most probable ones are added.
+        names: of the classes. Default: what timm or the model's configuration calls them.
+        preprocess: what the model wants of its images. Default: what timm knows of the model.
+
+    Raises:
+        ClassEmbError: if the model is not supported, a target unknown or the image unreadable.
+
+    Examples:
+        >>> from captum_classemb.models import demo_image_paths, demo_vit
+        >>> page = explore(demo_vit(), demo_image_paths()[0], targets=["seven"])
+        >>> page.document[:15]
+        '<!doctype html>'
+    """
+    names = names or class_names(model)
+    preprocess = preprocess or Preprocess.of_model(model)
+    title = Path(image).name if isinstance(image, (str, Path)) else "Image"
+    photo = image if isinstance(image, Image.Image) else read_image(image)
+    run = Explore(adapt(model), preprocess.view(photo.convert("RGB")), preprocess)
+    wanted = [names.find(target) for target in targets]
+    for step in run.steps(wanted):
+        step()
+    called = type(run.vit.model).__qualname__
+    return run.page(names, title=title, model=called)
+
+
+@dataclass
+class Explore:
+    """The work behind one page, in steps, so that whoever runs it can show how far it is.
+
+    Args:
+        vit: the adapted model.
+        view: H×W×3, 8 bits: what the model sees.
+        preprocess: what makes of it what the model reads.
+        methods: keys of `METHODS`.
+    """
+
+    vit: ViT
+    view: npt.NDArray[np.uint8]
+    preprocess: Preprocess
+    methods: Sequence[str] = tuple(METHODS)
+
+    def steps(self, targets: Sequence[int] = ()) -> list[Callable[[], None]]:
+        """What there is to do, in this order."""
+        self._targets = list(dict.fromkeys(targets))
+        self._maps: list[MethodMaps] = []
+        self._notes: list[str] = []
+        self._ledger: LedgerEntries | None = None
+        per_method = [self._method_step(key) for key in self.methods]
+        return [self._read_tokens, *per_method, self._read_ledger]
+
+    def page(self, names: ClassNames, *, title: str, model: str) -> ExplorerPage:
+        """The page, once every step is done."""
+        prefix = ["CLS", *(f"Prefix {i}" for i in range(1, self.vit.prefix_tokens))]
+        return explorer_page(
+            Contents(
+                image=self.view,
+                grid=self._grid,
+                title=title,
+                model=model,
+                names=[names[index] for index in range(len(names))],
+                probabilities=self.probabilities,
+                focus=self.focus,
+                targets=len(self._targets),
+                top_classes=self._top_classes,
+                top_probabilities=self._top_probabilities,
+                ranks=self._ranks,
+                prefix=prefix[: self.vit.prefix_tokens],
+                methods=self._maps,
+                ledger=self._ledger,
+                colors=_lut(),
+                notes=self._notes,
+            )
+        )
+
+    # -- steps
+
+    def _read_tokens(self) -> None:
+        """Top classes of every token after every block, and the ranks of the classes in focus."""
+        vit = self.vit
+        pixels = self.preprocess.tensor(self.view)[None].to(vit.device, vit.dtype)
+        vit.check_inputs(pixels)
+        self._pixels = pixels
+        self._grid = vit.grid((pixels.shape[2], pixels.shape[3]))
+        recording = record(vit, pixels, ["resid_post"])
+        probabilities = recording.logits.float().softmax(-1)[0]
+        self.probabilities = probabilities.cpu().numpy()
+        self._order = np.argsort(-self.probabilities, kind="stable")
+        self.top = [int(index) for index in self._order[:TOP]]
+        self.focus = list(dict.fromkeys([*self._targets, *self.top]))
+        focus = torch.tensor(self.focus, device=vit.device)
+        tokens = vit.prefix_tokens + self._grid[0] * self._grid[1]
+        classes, shares, ranks = [], [], []
+        with torch.no_grad():
+            for hidden in recording["resid_post"]:
+                if hidden.shape[1] != tokens:
+                    raise UnsupportedModelError(
+                        f"Some blocks of {type(vit.model).__qualname__} hold no patch tokens: "
+                        "the page needs them after every block."
+                    )
+                logits = vit.readout.project(hidden)[0].float()
+                best = logits.softmax(-1).topk(min(TOP, logits.shape[-1]))
+                classes.append(best.indices.cpu().numpy())
+                shares.append(best.values.cpu().numpy())
+                by_class = logits.expand(len(focus), -1, -1)
+                ranks.append(rank(by_class, focus[:, None]).cpu().numpy())
+        self._top_classes, self._top_probabilities = np.stack(classes), np.stack(shares)
+        self._ranks = np.stack(ranks, 1)
+
+    def _method_step(self, key: str) -> Callable[[], None]:
+        def step() -> None:
+            try:
+                self._maps.append(self._read_method(key))
+            except UnsupportedModelError as error:
+                self._notes.append(f"{METHODS[key].title} is missing: {error}")
+
+        return step
+
+    def _read_method(self, key: str) -> MethodMaps:
+        kind = METHODS[key]
+        classes = self._classes_with_maps(kind.every_class)
+        maps = kind.build(self.vit).attribute_classes(self._pixels, classes.tolist())[0]
+        parts = np.stack([self._parts(key, index) for index in self.focus])
+        return MethodMaps(
+            key=key,
+            title=kind.title,
+            caption=kind.caption,
+            whole=kind.whole,
+            classes=classes,
+            maps=quantise(_numpy(maps)),
+            parts=quantise(parts),
+            totals=parts.sum((-2, -1)),
+        )
+
+    def _parts(self, key: str, index: int) -> Floats:
+        """One class by block and head: L×H'×h×w."""
+        if key == "projection":
+            blocks = [
+                ClassEmbeddingProjection(self.vit, block=block).attribute_patches(
+                    self._pixels, index
+                )
+                for block in range(len(self.vit.blocks))
+            ]
+            return _numpy(torch.cat(blocks))
+        target = torch.tensor([index])
+        by_head = _numpy(METHODS[key].build(self.vit).attribute_patches(self._pixels, target)[0])
+        return np.concatenate([by_head.sum(1, keepdims=True), by_head], 1)
+
+    def _read_ledger(self) -> None:
+        if not any(method.key == "memory" for method in self._maps):
+            return
+        memory = MemoryPatchImportance(self.vit)
+        ledgers = [memory.ledger(self._pixels, index) for index in self.focus]
+        first = self.vit.prefix_tokens
+
+        def each(read: Callable[[LogitLedger], Tensor]) -> Floats:
+            return np.stack([_numpy(read(ledger)[0]) for ledger in ledgers])
+
+        self._ledger = LedgerEntries(
+            patches=each(lambda ledger: ledger.patches),
+            heads=each(lambda ledger: ledger.attention[..., first:].sum(-1)),
+            prefix=each(lambda ledger: ledger.attention[..., :first].sum(-1)),
+            mlp=each(lambda ledger: ledger.mlp),
+            embedding=each(lambda ledger: ledger.embedding),
+            bias=each(lambda ledger: ledger.bias),
+            pool=each(_pool),
+            score=each(lambda ledger: ledger.score),
+        )
+
+    def _classes_with_maps(self, every_class: bool) -> npt.NDArray[np.integer]:
+        # Those in focus first: however improbable a target is, it is asked for.
+        chosen = list(dict.fromkeys([*self.focus, *map(int, self._order)]))
+        return np.array(chosen if every_class else chosen[: max(_FEW, len(self.focus))])
+
+
+def _pool(ledger: LogitLedger) -> Tensor:
+    return torch.zeros_like(ledger.score) if ledger.pool is None else ledger.pool
+
+
+def _numpy(tensor: Tensor) -> Floats:
+    return tensor.detach().float().cpu().numpy()
+
+
+def _lut() -> npt.NDArray[np.uint8]:
+    colors = DIVERGING(np.arange(DIVERGING.N))[:, :3]
+    lut: npt.NDArray[np.uint8] = np.rint(255 * colors).astype(np.uint8)
+    return lut

@@ -1,0 +1,172 @@
+"""The page: template, scripts, styles and numbers in one HTML file that needs no network."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import html
+import io
+import json
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from captum_classemb.errors import OutputError
+from captum_classemb.explorer.contents import Contents, lighter
+
+__all__ = ["ExplorerPage", "explorer_page"]
+
+_LIBRARIES = ("d3.min.js", "plot.umd.min.js")
+# In the order of their imports.
+_MODULES = ("data", "colors", "numbers", "state", "stage", "patch", "heads", "waterfall", "app")
+_MODULE_SYNTAX = re.compile(r"^import [^;]*;\n|^export (?=const|function|async|class)", re.M)
+
+_LARGEST = 5_000_000
+_NOTEBOOK_HEIGHT = 860
+_PROBABILITY_STEPS = 65535
+
+
+@dataclass(frozen=True)
+class ExplorerPage:
+    """A page to explore one image; a notebook shows it in place.
+
+    Args:
+        document: the HTML.
+    """
+
+    document: str
+
+    def save(self, path: str | Path) -> None:
+        """Write the page to a file, which opens from disk in any browser.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(self.document, encoding="utf-8")
+        except OSError as error:
+            raise OutputError(
+                f"The page {path} cannot be written ({error.strerror or error}): "
+                "choose another place for it."
+            ) from error
+
+    def _repr_html_(self) -> str:
+        # A frame of its own, so that neither the notebook's styles nor the page's leak.
+        return (
+            f'<iframe srcdoc="{html.escape(self.document)}" title="Explorer" '
+            f'style="width:100%;height:{_NOTEBOOK_HEIGHT}px;border:0"></iframe>'
+        )
+
+
+def explorer_page(contents: Contents) -> ExplorerPage:
+    """Lay the contents out as one self-contained page.
+
+    Where it would be larger than 5 MB, single blocks and heads are left out for the last classes
+    in focus, then summed maps for the least probable classes.
+    """
+    page = _page(contents)
+    while len(page.document) > _LARGEST and (less := lighter(contents)) is not None:
+        contents = less
+        page = _page(contents)
+    return page
+
+
+def _page(contents: Contents) -> ExplorerPage:
+    parts = {
+        "title": html.escape(contents.title),
+        "styles": _asset("page.css"),
+        "licences": "\n".join(_asset(f"vendor/{name}.LICENSE") for name in ("d3", "plot")),
+        "libraries": "\n".join(
+            f"<script>{_asset(f'vendor/{name}')}</script>" for name in _LIBRARIES
+        ),
+        "script": "\n".join(_MODULE_SYNTAX.sub("", _asset(f"{name}.js")) for name in _MODULES),
+        "data": base64.b64encode(_packed(contents)).decode(),
+    }
+    template = _asset("page.html")
+    return ExplorerPage(re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template))
+
+
+def _asset(name: str) -> str:
+    return files("captum_classemb").joinpath("explorer", "assets", name).read_text("utf-8")
+
+
+def _packed(contents: Contents) -> bytes:
+    """A directory in JSON and the arrays it names, compressed; read by data.js."""
+    arrays = _arrays(contents)
+    directory: dict[str, Any] = {}
+    offset = 0
+    for name, array in arrays.items():
+        directory[name] = {"type": array.dtype.name, "shape": array.shape, "offset": offset}
+        offset += -(-array.nbytes // 8) * 8
+    head = json.dumps({**_facts(contents), "arrays": directory}).encode()
+    # Arrays start at multiples of 8 bytes, as JavaScript's views of a buffer must.
+    head += b" " * (-len(head) % 8)
+    body = b"".join(array.tobytes() + bytes(-array.nbytes % 8) for array in arrays.values())
+    return gzip.compress(len(head).to_bytes(8, "little") + head + body, 9, mtime=0)
+
+
+def _facts(contents: Contents) -> dict[str, Any]:
+    return {
+        "title": contents.title,
+        "model": contents.model,
+        "image": _data_url(contents.image),
+        "grid": contents.grid,
+        "names": list(contents.names),
+        "focus": [int(index) for index in contents.focus],
+        "targets": contents.targets,
+        "prefix": list(contents.prefix),
+        "methods": [
+            {
+                "key": method.key,
+                "title": method.title,
+                "caption": method.caption,
+                "whole": method.whole,
+                "mapsZero": method.maps.zero,
+                "partsZero": method.parts.zero,
+            }
+            for method in contents.methods
+        ],
+        "hasLedger": contents.ledger is not None,
+        "notes": list(contents.notes),
+    }
+
+
+def _arrays(contents: Contents) -> dict[str, npt.NDArray[Any]]:
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "colors": contents.colors,
+        "probabilities": contents.probabilities.astype("<f4"),
+        "topClasses": _small(contents.top_classes),
+        "topProbabilities": np.rint(contents.top_probabilities * _PROBABILITY_STEPS).astype("<u2"),
+        "ranks": _small(contents.ranks),
+    }
+    for method in contents.methods:
+        arrays |= {
+            f"{method.key}.classes": method.classes.astype("<i4"),
+            f"{method.key}.maps": method.maps.levels,
+            f"{method.key}.mapSteps": method.maps.steps,
+            f"{method.key}.parts": method.parts.levels,
+            f"{method.key}.partSteps": method.parts.steps,
+            f"{method.key}.totals": method.totals.astype("<f4"),
+        }
+    if contents.ledger is not None:
+        for name, values in vars(contents.ledger).items():
+            arrays[f"ledger.{name}"] = values.astype("<f4")
+    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+
+def _small(counts: npt.NDArray[np.integer]) -> npt.NDArray[Any]:
+    return counts.astype("<u2" if counts.max(initial=0) < 65536 else "<u4")
+
+
+def _data_url(image: npt.NDArray[np.uint8]) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
