@@ -16,7 +16,9 @@ __all__ = [
     "COLOURS",
     "SITE_NAMES",
     "TOKEN_SERIES",
+    "Panel",
     "Series",
+    "by_block",
     "lines",
     "new_figure",
     "shared_legend",
@@ -42,6 +44,26 @@ TOKEN_SERIES = (
     Series("… of the class", {"tokens": "image", "group": "class"}, COLOURS["class"], "--"),
     Series("… of the context", {"tokens": "image", "group": "context"}, COLOURS["context"], ":"),
 )
+
+
+class Panel(NamedTuple):
+    """One panel: the rows it shows, its lines, what is above it and beside it."""
+
+    rows: Sequence[Row]
+    series: Sequence[Series]
+    title: str
+    label: str
+
+
+def by_block(
+    title: str, panels: Sequence[Panel], limits: tuple[float, float] | None = (0.0, 1.0)
+) -> Figure:
+    """A figure of panels over blocks, with one legend."""
+    figure, axes = new_figure(len(panels), title)
+    for axis, panel in zip(axes, panels, strict=True):
+        lines(axis, panel.rows, panel.series, panel.title, panel.label, limits)
+    shared_legend(figure, axes)
+    return figure
 
 
 def new_figure(panels: int, title: str) -> tuple[Figure, list[Axes]]:

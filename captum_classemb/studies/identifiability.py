@@ -176,13 +176,7 @@ class IdentifiabilityStudy(ModelStudy):
     def tables(self) -> dict[str, list[Row]]:
         accuracy, images = self.accuracy.compute()
         rows = [self.row("accuracy", accuracy, images, (-1, ""))]
-        found = self.identifiability.compute()
-        for metric, value, n in (
-            ("class_identifiability", found.mean, found.tokens),
-            ("class_identifiability_rate", found.rate, found.tokens),
-            ("images_with_identifiable_token", found.images, found.images_counted),
-        ):
-            rows += self.group_rows(metric, Means(value, n), self.places)
+        rows += self.identifiability_rows(self.identifiability.compute(), self.places)
         rows += self.difference_rows(
             "class_identifiability", self.identifiability_difference, self.places
         )

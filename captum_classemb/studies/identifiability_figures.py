@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 from captum_classemb.studies.figures import (
     SITE_NAMES,
     TOKEN_SERIES,
+    Panel,
     Series,
-    lines,
-    new_figure,
-    shared_legend,
+    by_block,
 )
 from captum_classemb.studies.tables import Row, select
 
@@ -29,49 +28,44 @@ _SOURCES = (
 
 
 def _by_block(rows: Sequence[Row], model: str) -> Figure:
-    figure, axes = new_figure(3, f"Class identifiability over the blocks of {model}")
     stream = select(rows, site="resid_post")
     panels = (
         ("class_identifiability", "identifiability", "mean of 1 − rank/C"),
         ("class_identifiability_rate", "identifiability rate", "share of tokens"),
         ("images_with_identifiable_token", "images with such a token", "share of images"),
     )
-    for axis, (metric, title, label) in zip(axes, panels, strict=True):
-        lines(axis, select(stream, metric=metric), TOKEN_SERIES, title, label)
-    shared_legend(figure, axes)
-    return figure
+    drawn = [
+        Panel(select(stream, metric=metric), TOKEN_SERIES, title, label)
+        for metric, title, label in panels
+    ]
+    return by_block(f"Class identifiability over the blocks of {model}", drawn)
 
 
 def _by_site(rows: Sequence[Row], metric: str, title: str, label: str) -> Figure:
-    figure, axes = new_figure(len(SITE_NAMES), title)
-    chosen = select(rows, metric=metric)
-    for axis, (site, name) in zip(axes, SITE_NAMES.items(), strict=True):
-        lines(axis, select(chosen, site=site), TOKEN_SERIES, name, label)
-    shared_legend(figure, axes)
-    return figure
+    drawn = [
+        Panel(select(rows, metric=metric, site=site), TOKEN_SERIES, name, label)
+        for site, name in SITE_NAMES.items()
+    ]
+    return by_block(title, drawn)
 
 
 def _composition(rows: Sequence[Row], model: str) -> Figure:
-    kinds = [
-        (tokens, group, words)
-        for tokens, group, words in (
-            ("cls", "all", "CLS"),
-            ("image", "all", "image tokens"),
-            ("image", "class", "class tokens"),
-            ("image", "context", "context tokens"),
-        )
-        if select(rows, tokens=tokens, group=group)
+    series = [
+        Series(name, {"metric": f"residual_composition_{source}"}, colour, style)
+        for source, name, colour, style in _SOURCES
     ]
-    figure, axes = new_figure(len(kinds), f"Where a block's top class comes from, {model}")
-    for axis, (tokens, group, words) in zip(axes, kinds, strict=True):
-        series = [
-            Series(name, {"metric": f"residual_composition_{source}"}, colour, style)
-            for source, name, colour, style in _SOURCES
-        ]
-        chosen = select(rows, tokens=tokens, group=group)
-        lines(axis, chosen, series, words, "share of tokens")
-    shared_legend(figure, axes)
-    return figure
+    kinds = (
+        ("cls", "all", "CLS"),
+        ("image", "all", "image tokens"),
+        ("image", "class", "class tokens"),
+        ("image", "context", "context tokens"),
+    )
+    drawn = [
+        Panel(chosen, series, words, "share of tokens")
+        for tokens, group, words in kinds
+        if (chosen := select(rows, tokens=tokens, group=group))
+    ]
+    return by_block(f"Where a block's top class comes from, {model}", drawn)
 
 
 def draw(rows: Sequence[Row], model: str) -> dict[str, Figure]:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 from captum_classemb.studies.figures import (
     COLOURS,
     TOKEN_SERIES,
+    Panel,
     Series,
-    lines,
-    new_figure,
-    shared_legend,
+    by_block,
 )
 from captum_classemb.studies.tables import Row, select
 
@@ -25,34 +24,29 @@ _RANDOM = "#8a8a8a"
 
 
 def _class_value(rows: Sequence[Row], model: str) -> Figure:
-    figure, axes = new_figure(2, f"Class–value agreement, {model}")
     series = (
         Series("trained model", {"metric": "class_value_agreement"}, COLOURS["image"]),
         Series("random model", {"metric": "class_value_agreement_random_model"}, _RANDOM, ":"),
     )
-    shown = {one.rows["metric"] for one in series}
-    top = max((row.value for row in rows if row.metric in shown), default=1.0)
-    for axis, (site, name) in zip(axes, _LAYERS.items(), strict=True):
-        chosen = select(rows, site=site)
-        lines(axis, chosen, series, name, "mean highest cosine", (0.0, 1.05 * top))
-    shared_legend(figure, axes)
-    return figure
+    return _by_layer(rows, series, f"Class–value agreement, {model}", "mean highest cosine")
 
 
 def _tokens(rows: Sequence[Row], metric: str, title: str, label: str, control: str) -> Figure:
-    figure, axes = new_figure(2, title)
     series = [
         Series(s.label, {**s.rows, "metric": metric}, s.colour, s.style) for s in TOKEN_SERIES
     ]
     if control:
         random = {"tokens": "image", "group": "all", "metric": control}
         series.append(Series("image tokens, random class", random, _RANDOM, ":"))
+    return _by_layer(rows, series, title, label)
+
+
+def _by_layer(rows: Sequence[Row], series: Sequence[Series], title: str, label: str) -> Figure:
+    """Attention beside MLP, on an axis that ends above the highest line."""
     shown = {one.rows["metric"] for one in series}
     top = max((row.value for row in rows if row.metric in shown), default=1.0)
-    for axis, (site, name) in zip(axes, _LAYERS.items(), strict=True):
-        lines(axis, select(rows, site=site), series, name, label, (0.0, min(1.0, 1.05 * top)))
-    shared_legend(figure, axes)
-    return figure
+    drawn = [Panel(select(rows, site=site), series, name, label) for site, name in _LAYERS.items()]
+    return by_block(title, drawn, (0.0, min(1.0, 1.05 * top)))
 
 
 def draw(rows: Sequence[Row], model: str) -> dict[str, Figure]:

@@ -16,6 +16,7 @@ from captum_classemb.data.patches import PatchRule
 from captum_classemb.functional.residual import Variant, check_variant
 from captum_classemb.metrics import GROUPS, ClassContextDifference, TokenReader, membership
 from captum_classemb.metrics.grouped import Means
+from captum_classemb.metrics.identifiability import Identifiability
 from captum_classemb.readout import Readout
 from captum_classemb.studies.batches import Batch
 from captum_classemb.studies.study import Study
@@ -128,6 +129,17 @@ class ModelStudy(Study):
             for (tokens, group), value, n in zip(GROUPS, values, means.n, strict=True):
                 if n > 0:
                     yield self.row(metric, value, n, place, tokens, group)
+
+    def identifiability_rows(
+        self, found: Identifiability, places: Places, head: str = ""
+    ) -> Iterator[Row]:
+        """Mean, rate and share of images; the names of the metrics begin with ``head``."""
+        for metric, value, n in (
+            ("class_identifiability", found.mean, found.tokens),
+            ("class_identifiability_rate", found.rate, found.tokens),
+            ("images_with_identifiable_token", found.images, found.images_counted),
+        ):
+            yield from self.group_rows(f"{head}{metric}", Means(value, n), places)
 
     def difference_rows(
         self, metric: str, difference: ClassContextDifference, places: Places

@@ -8,14 +8,12 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
-import timm
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from safetensors.torch import load_file
-from torch import nn
+from squares import CLASSES, DEPTH, IMAGES, QUIET, SIDE, Squares, one, small_vit, whole
 
-from captum_classemb.data import PairedTransform, Sample, StudyDataset, open_dataset, patch_mask
+from captum_classemb.data import patch_mask
 from captum_classemb.errors import InputError
 from captum_classemb.functional.identifiability import identifiability
 from captum_classemb.metrics import token_scores
@@ -25,56 +23,6 @@ from captum_classemb.studies.commands import study_group
 from captum_classemb.studies.identifiability import IdentifiabilityStudy
 from captum_classemb.studies.memories import MemoriesStudy
 from captum_classemb.vit import adapt, record
-
-QUIET = RunOptions(batch_size=4, progress=False)
-IMAGES, SIDE, DEPTH, CLASSES = 15, 32, 3, 12
-
-
-class Squares:
-    """Random images; the object is the left half of each, one has no mask."""
-
-    layout = "squares"
-    with_masks = IMAGES - 1
-
-    @property
-    def labels(self) -> list[int]:
-        return [i % CLASSES for i in range(IMAGES)]
-
-    def __len__(self) -> int:
-        return IMAGES
-
-    def __getitem__(self, index: int) -> Sample:
-        image = torch.randn(3, SIDE, SIDE, generator=torch.Generator().manual_seed(index))
-        mask = torch.zeros(SIDE, SIDE, dtype=torch.uint8)
-        mask[:, : SIDE // 2] = 1
-        return Sample(image, index % CLASSES, None if index == 2 else mask, str(index))
-
-    def fingerprint(self) -> str:
-        return "squares"
-
-
-def small_vit(**changes: object) -> nn.Module:
-    torch.manual_seed(1)
-    arguments = dict(
-        img_size=SIDE, patch_size=8, embed_dim=24, depth=DEPTH, num_heads=2, num_classes=CLASSES
-    )
-    model = timm.models.VisionTransformer(**{**arguments, **changes})  # type: ignore[arg-type]
-    for block in model.blocks:
-        # As initialised, blocks add so little that every token keeps its class.
-        nn.init.normal_(block.attn.proj.weight, std=0.3)
-        nn.init.normal_(block.mlp.fc2.weight, std=0.3)
-    nn.init.normal_(model.head.weight)
-    return model.eval()
-
-
-def whole(data: StudyDataset) -> tuple[torch.Tensor, torch.Tensor]:
-    samples = [data[i] for i in range(len(data))]
-    return torch.stack([s.image for s in samples]), torch.tensor([s.label for s in samples])
-
-
-def one(rows: list, **fields: object) -> float:  # type: ignore[type-arg]
-    (row,) = select(rows, **fields)
-    return row.value
 
 
 @pytest.mark.parametrize("variant", ["corrected", "paper"])
@@ -280,104 +228,6 @@ def test_options_of_the_whole_command_line_reach_every_study() -> None:
     debug = click.option("--debug", is_flag=True, expose_value=False)
     group = study_group(debug)
     assert "--debug" in CliRunner().invoke(group, ["memories", "--help"]).output
-
-
-# -- The published code's numbers, on real weights
-
-
-@pytest.fixture(scope="module")
-def tiny(assets: Path) -> nn.Module:
-    model = timm.create_model("vit_tiny_patch16_224", pretrained=False)
-    model.load_state_dict(load_file(assets / "weights/vit_tiny_patch16_224.safetensors"))
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def golden(assets: Path) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
-    return dict(np.load(assets / "golden/paper_code.npz"))
-
-
-SQUASH = PairedTransform(mode="squash")
-CHOSEN = range(0, 100, 17)
-
-
-def test_published_positions_and_memories(assets: Path, tiny: nn.Module, golden) -> None:  # type: ignore[no-untyped-def]
-    data = open_dataset(assets / "mini_imagenet_s", SQUASH, num_classes=1000)
-    samples = [data[i] for i in CHOSEN]
-    images = torch.stack([s.image for s in samples])
-    labels = torch.tensor([s.label for s in samples])
-    sites = {"hs": "resid_post", "hs-attn": "attn_out", "hs-mlp": "mlp_out"}
-    vit = adapt(tiny)
-    kept = [*sites.values(), "attn_coefficients", "mlp_coefficients"]
-    recording = record(vit, images, kept)
-    study = MemoriesStudy(Subject(tiny, "tiny", variant="paper"))
-    rows = list(CHOSEN)
-    for block in range(12):
-        for key, site in sites.items():
-            scores = token_scores(vit.readout, recording[site][block], labels, top=5)
-            logits = vit.readout.project(recording[site][block])
-            own = scores.target_logit[..., None]
-            # Another build moves logits by up to 2e-4: within 1e-3 the order is not certain.
-            margin = ((logits - own).abs() < 1e-3).sum(-1) - 1
-            position = torch.from_numpy(golden[f"pos/{key}_{block}"][rows].astype(int))
-            assert bool(((scores.rank - position).abs() <= margin).all())
-            published = torch.from_numpy(golden[f"logit/{key}_{block}"][rows])
-            torch.testing.assert_close(scores.target_logit, published, atol=5e-4, rtol=1e-4)
-            best = logits.topk(6).values
-            clear = ((best[..., :-1] - best[..., 1:]) > 1e-3).all(-1)
-            top = torch.from_numpy(golden[f"top5/{key}_{block}"][rows].astype(int))
-            assert torch.equal(scores.top.long()[clear], top[clear]) and clear.float().mean() > 0.9
-        for place, layer in enumerate(("attn", "mlp")):
-            value = study.values[place * 12 + block]
-            agreement = golden[f"class_value_top1/{layer}"][block]
-            np.testing.assert_allclose(value.agreement.numpy(), agreement, atol=2e-6)
-            strongest = recording[f"{layer}_coefficients"][block][0].topk(6)
-            sure = (strongest.values[..., 4] - strongest.values[..., 5]) > 1e-4
-            five = [strongest.indices[..., :5]]
-            agree = study.agreement.agreeing(five, [value], labels)[0]
-            published = golden[f"kv_agreement/{layer}_{block}"].reshape(100, 197)[rows]
-            assert torch.equal(agree[sure], torch.from_numpy(published)[sure])
-            assert sure.float().mean() > 0.9
-
-
-@pytest.mark.slow
-def test_published_means_over_the_whole_set(
-    assets: Path,
-    tiny: nn.Module,
-    golden,
-    tmp_path: Path,  # type: ignore[no-untyped-def]
-) -> None:
-    data = open_dataset(assets / "mini_imagenet_s", SQUASH, num_classes=1000)
-    study = IdentifiabilityStudy(Subject(tiny, "tiny", variant="paper"))
-    options = RunOptions(batch_size=15, progress=False)
-    rows = run_study(study, data, tmp_path / "out", options).tables["identifiability"]
-
-    def by_block(**fields: str) -> np.ndarray:  # type: ignore[type-arg]
-        chosen = sorted(select(rows, **fields), key=lambda row: row.block)
-        return np.array([row.value for row in chosen])
-
-    means = {"metric": "class_identifiability", "site": "resid_post"}
-    changes = {"metric": "class_similarity_change_rate"}
-    groups = {"cls": {"tokens": "cls"}, "image": {"tokens": "image", "group": "all"}}
-    for name, group in groups.items():
-        published = golden[f"mean_evolution_{name}"]
-        np.testing.assert_allclose(by_block(**means, **group), published, atol=1e-6)
-    parted = np.stack([by_block(**means, group=g) for g in ("class", "context")], 1)
-    np.testing.assert_allclose(parted, golden["ident_segmented_class_context"], atol=2e-6)
-    np.testing.assert_allclose(
-        by_block(**changes, site="resid_post", **groups["image"]), golden["change_rate"], atol=1e-4
-    )
-    for layer in ("attn", "mlp"):
-        found = np.stack(
-            [by_block(**changes, site=f"{layer}_out", **groups[name]) for name in groups], 1
-        )
-        np.testing.assert_allclose(found, golden[f"class_similarity_change_{layer}"], atol=1e-4)
-    for place, source in enumerate(("previous", "attention", "mlp", "none")):
-        metric = f"residual_composition_{source}"
-        cls, image = (by_block(metric=metric, **groups[name]) for name in groups)
-        published = golden["residual_match_prev_attn_mlp_comp"][:, place]
-        # The published numbers are over all 197 tokens, in per cent.
-        np.testing.assert_allclose(100 * (cls + 196 * image) / 197, published, atol=0.01)
 
 
 def test_the_paper_takes_the_top_left_pixel_of_a_patch() -> None:

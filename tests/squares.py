@@ -1,0 +1,63 @@
+"""A small ViT and images whose object is the left half, for the studies of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import timm
+import torch
+from torch import nn
+
+from captum_classemb.data import Sample, StudyDataset
+from captum_classemb.studies import Row, RunOptions, select
+
+QUIET = RunOptions(batch_size=4, progress=False)
+IMAGES, SIDE, DEPTH, CLASSES = 15, 32, 3, 12
+
+
+class Squares:
+    """Random images; the object is the left half of each, one has no mask."""
+
+    layout = "squares"
+    with_masks = IMAGES - 1
+
+    @property
+    def labels(self) -> list[int]:
+        return [i % CLASSES for i in range(IMAGES)]
+
+    def __len__(self) -> int:
+        return IMAGES
+
+    def __getitem__(self, index: int) -> Sample:
+        image = torch.randn(3, SIDE, SIDE, generator=torch.Generator().manual_seed(index))
+        mask = torch.zeros(SIDE, SIDE, dtype=torch.uint8)
+        mask[:, : SIDE // 2] = 1
+        return Sample(image, index % CLASSES, None if index == 2 else mask, str(index))
+
+    def fingerprint(self) -> str:
+        return "squares"
+
+
+def small_vit(**changes: object) -> nn.Module:
+    torch.manual_seed(1)
+    arguments = dict(
+        img_size=SIDE, patch_size=8, embed_dim=24, depth=DEPTH, num_heads=2, num_classes=CLASSES
+    )
+    model = timm.models.VisionTransformer(**{**arguments, **changes})  # type: ignore[arg-type]
+    for block in model.blocks:
+        # As initialised, blocks add so little that every token keeps its class.
+        nn.init.normal_(block.attn.proj.weight, std=0.3)
+        nn.init.normal_(block.mlp.fc2.weight, std=0.3)
+    nn.init.normal_(model.head.weight)
+    return model.eval()
+
+
+def whole(data: StudyDataset) -> tuple[torch.Tensor, torch.Tensor]:
+    samples = [data[i] for i in range(len(data))]
+    return torch.stack([s.image for s in samples]), torch.tensor([s.label for s in samples])
+
+
+def one(rows: Sequence[Row], **fields: object) -> float:
+    """The value of the only row with these fields."""
+    (row,) = select(rows, **fields)
+    return row.value
