@@ -17,12 +17,12 @@ from captum_classemb.vit.edit import knock_out, no_cls, self_only
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["AttentionPerturbationStudy"]
+__all__ = ["AttentionPerturbationStudy", "draw"]
 
 _NAMES = {
     UNPERTURBED: ("unperturbed", COLOURS["cls"], "-"),
-    "no_cls": ("no attention to CLS", COLOURS["class"], "--"),
-    "self_only": ("no attention to each other", COLOURS["context"], "-"),
+    "no_cls": ("image tokens do not see CLS", COLOURS["class"], "--"),
+    "self_only": ("image tokens do not see each other", COLOURS["context"], "-"),
 }
 
 
@@ -68,23 +68,30 @@ class AttentionPerturbationStudy(PerturbationStudy):
         return nullcontext()
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
-        rows = tables[self.name]
-        panels = [
-            ("image", "class_identifiability", "image tokens", "mean of 1 − rank/C"),
-            ("image", "class_identifiability_rate", "image tokens", "share with rank 0"),
-            ("cls", "class_identifiability", "CLS", "mean of 1 − rank/C"),
-        ]
-        drawn = [
-            Panel(select(rows, tokens=tokens, group="all"), self._series(metric), title, label)
-            for tokens, metric, title, label in panels
-            if select(rows, tokens=tokens)
-        ]
-        title = f"Class identifiability without some attention, {self.subject.name}"
-        return {"attention_perturbation": by_block(title, drawn)}
+        return draw(tables[self.name], self.subject.name)
 
-    def _series(self, metric: str) -> Sequence[Series]:
-        return [
-            Series(words, {"metric": f"{name}/{metric}"}, colour, style)
-            for name, (words, colour, style) in _NAMES.items()
-            if name in self.conditions
-        ]
+
+def draw(rows: Sequence[Row], model: str) -> dict[str, Figure]:
+    """Identifiability of image tokens and of CLS under each condition."""
+    panels = (
+        ("image", "class_identifiability", "image tokens", "mean of 1 − rank/C"),
+        ("image", "class_identifiability_rate", "image tokens", "share with rank 0"),
+        ("cls", "class_identifiability_rate", "CLS", "share with rank 0"),
+    )
+    drawn = [
+        Panel(chosen, _series(metric), title, label)
+        for tokens, metric, title, label in panels
+        if (chosen := select(rows, tokens=tokens, group="all"))
+    ]
+    return {
+        "attention_perturbation": by_block(
+            f"Class identifiability where attention is cut, {model}", drawn
+        )
+    }
+
+
+def _series(metric: str) -> list[Series]:
+    return [
+        Series(words, {"metric": f"{name}/{metric}"}, colour, style)
+        for name, (words, colour, style) in _NAMES.items()
+    ]

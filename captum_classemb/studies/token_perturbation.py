@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,10 +22,11 @@ from captum_classemb.vit.edit import kept_tokens, remove_tokens
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["TokenPerturbationStudy"]
+__all__ = ["TokenPerturbationStudy", "draw"]
 
 #: What is removed in each pass, and the group of tokens that is left.
 _REMOVED = {"without_context": (CONTEXT, "class"), "without_class": (OBJECT, "context")}
+_GONE = {"class": COLOURS["class"], "context": COLOURS["context"]}
 _RATE = "class_identifiability_rate"
 
 
@@ -108,25 +109,24 @@ class TokenPerturbationStudy(PerturbationStudy):
                 yield self.row(f"{name}/{_RATE}", value, found.n[1], place, "image", group)
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
-        rows = tables[self.name]
-        drawn = []
-        for metric, label in (
-            ("class_identifiability", "mean of 1 − rank/C"),
-            (_RATE, "share with rank 0"),
-        ):
-            for (name, (_, group)), gone in zip(
-                _REMOVED.items(), ("context", "class"), strict=True
-            ):
-                series = [
-                    Series("unperturbed", {"metric": f"{UNPERTURBED}/{metric}"}, COLOURS["cls"]),
-                    Series(
-                        f"without {gone} tokens",
-                        {"metric": f"{name}/{metric}"},
-                        COLOURS[gone],
-                        "--",
-                    ),
-                ]
-                chosen = select(rows, tokens="image", group=group)
-                drawn.append(Panel(chosen, series, f"{group} tokens", label))
-        title = f"Class identifiability without some tokens, {self.subject.name}"
-        return {"token_perturbation": by_block(title, drawn)}
+        return draw(tables[self.name], self.subject.name)
+
+
+def draw(rows: Sequence[Row], model: str) -> dict[str, Figure]:
+    """Class tokens with and without the context, context tokens with and without the class."""
+    drawn = []
+    for metric, label in (
+        ("class_identifiability", "mean of 1 − rank/C"),
+        (_RATE, "share with rank 0"),
+    ):
+        for name, (_, group) in _REMOVED.items():
+            gone = "context" if group == "class" else "class"
+            series = [
+                Series("unperturbed", {"metric": f"{UNPERTURBED}/{metric}"}, COLOURS["cls"]),
+                Series(f"without {gone} tokens", {"metric": f"{name}/{metric}"}, _GONE[gone], "--"),
+            ]
+            chosen = select(rows, tokens="image", group=group)
+            drawn.append(Panel(chosen, series, f"{group} tokens", label))
+    return {
+        "token_perturbation": by_block(f"Class identifiability without some tokens, {model}", drawn)
+    }

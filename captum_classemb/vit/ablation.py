@@ -105,10 +105,8 @@ def ablate_heads(
 
 
 def _owners(vit: ViT, layer: Layer, block: int) -> tuple[Attention, ...] | tuple[MLP, ...]:
-    count = len(vit.blocks)
-    if not -count <= block < count:
-        raise InputError(f"block {block} is out of range: the model has {count}.")
-    return vit.blocks[block].attentions if layer == "attn" else vit.blocks[block].mlps
+    chosen = vit.block(block)
+    return chosen.attentions if layer == "attn" else chosen.mlps
 
 
 def _width(owner: Attention | MLP) -> int:

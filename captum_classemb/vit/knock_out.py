@@ -58,12 +58,8 @@ def knock_out(
             f"token {query} is cut off from every token, which leaves no weights to renormalise: "
             "leave it one, or give renormalise=False."
         )
-    count = len(vit.blocks)
-    chosen = range(count) if blocks is None else blocks
-    for block in chosen:
-        if not -count <= block < count:
-            raise InputError(f"block {block} is out of range: the model has {count}.")
-    attentions = [a for block in chosen for a in vit.blocks[block].attentions]
+    chosen = vit.blocks if blocks is None else [vit.block(index) for index in blocks]
+    attentions = [attention for block in chosen for attention in block.attentions]
     with _KnockOut(attentions, cut, renormalise).active():
         yield
 

@@ -295,6 +295,17 @@ class ViT(nn.Module):
         """The device of the model's parameters."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
+    def block(self, index: int) -> Block:
+        """One block, counted from the end if negative.
+
+        Raises:
+            InputError: if there is none.
+        """
+        count = len(self.blocks)
+        if not -count <= index < count:
+            raise InputError(f"block {index} is out of range: the model has {count}.")
+        return self.blocks[index]
+
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """The patch grid h×w for an image of H×W pixels."""
         if self._grid is not None:

@@ -104,8 +104,7 @@ def record(
     count = len(vit.blocks)
     chosen = range(count) if blocks is None else blocks
     for index in chosen:
-        if not -count <= index < count:
-            raise InputError(f"block {index} is out of range: the model has {count}.")
+        vit.block(index)
     if wanted.keys() & {"attention", "attn_tail"}:
         refuse_edits(of_attention=True)
     recorder = _Recorder(vit, wanted, {index % count for index in chosen})
