@@ -4,6 +4,7 @@ from captum_classemb.data.layouts import LAYOUTS, StudyDataset, open_dataset, re
 from captum_classemb.data.patches import patch_mask
 from captum_classemb.data.sample import CONTEXT, IGNORED, OBJECT, Sample
 from captum_classemb.data.scenes import SCENE_CLASSES, Scene, Scenes, render_scene
+from captum_classemb.data.splits import TrainAndTest
 from captum_classemb.data.transforms import PairedTransform, boxes_to_mask, data_config
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Scene",
     "Scenes",
     "StudyDataset",
+    "TrainAndTest",
     "boxes_to_mask",
     "data_config",
     "open_dataset",

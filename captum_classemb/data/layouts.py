@@ -22,6 +22,7 @@ from captum_classemb.data.folder import (
 from captum_classemb.data.imagenet_s import is_imagenet_s, read_imagenet_s
 from captum_classemb.data.records import Reader, RecordDataset
 from captum_classemb.data.sample import Sample
+from captum_classemb.data.splits import is_scenes, open_scenes
 from captum_classemb.data.transforms import PairedTransform
 from captum_classemb.errors import DataError
 
@@ -55,6 +56,7 @@ class Layout(NamedTuple):
     recognise: Callable[[Path], bool]
     open: Callable[[Path, PairedTransform, int | None], StudyDataset]
     words: str
+    folder: bool = True
 
 
 def _files(name: str, read: Reader) -> Callable[[Path, PairedTransform, int | None], StudyDataset]:
@@ -66,6 +68,7 @@ def _files(name: str, read: Reader) -> Callable[[Path, PairedTransform, int | No
 
 #: In the order in which they are tried: the first that recognises a folder takes it.
 LAYOUTS: dict[str, Layout] = {
+    "scenes": Layout(is_scenes, open_scenes, "the word scenes: digits drawn on demand", False),
     "imagenet-s": Layout(
         is_imagenet_s,
         _files("imagenet-s", read_imagenet_s),
@@ -91,11 +94,11 @@ def recognise_layout(root: Path) -> str:
     Raises:
         DataError: when the folder is missing or has none of the known layouts.
     """
+    for name, layout in LAYOUTS.items():
+        if (root.is_dir() or not layout.folder) and layout.recognise(root):
+            return name
     if not root.is_dir():
         raise DataError(f"{root} is no folder: give the folder that holds the dataset.")
-    for name, layout in LAYOUTS.items():
-        if layout.recognise(root):
-            return name
     known = "; ".join(f"{name}: {layout.words}" for name, layout in LAYOUTS.items())
     raise DataError(f"{root} has no known layout ({known}).")
 
@@ -122,6 +125,6 @@ def open_dataset(
     name = layout or recognise_layout(root)
     if name not in LAYOUTS:
         raise DataError(f"layout {name!r} is unknown: give {', '.join(LAYOUTS)}.")
-    if not root.is_dir():
+    if LAYOUTS[name].folder and not root.is_dir():
         raise DataError(f"{root} is no folder: give the folder that holds the dataset.")
     return LAYOUTS[name].open(root, transform, num_classes)

@@ -81,7 +81,8 @@ def ridge(
         ([0.5, -0.5], [0.0, 0.0])
     """
     counts = class_counts.to(gram.dtype)
-    total = counts.sum()
+    # Without any rows everything is 0 and the bias −1, as for a class without rows.
+    total = counts.sum().clamp(min=1.0)
     mean = class_sums.sum(0) / total
     centred = gram - total * torch.outer(mean, mean)
     centred.diagonal().add_(alpha)

@@ -96,13 +96,25 @@ class ProbeStatistics(StreamMetric):
     def __init__(self, probes: int, width: int, classes: int, folds: int = 1) -> None:
         super().__init__()
         self.width = width
-        shapes = {
+        self._shapes = {
             "gram": (probes, folds, packed_size(width)),
             "sums": (probes, folds, classes, width),
             "counts": (probes, folds, classes),
         }
-        for name, shape in shapes.items():
-            self.add_state(name, torch.zeros(shape, dtype=torch.float64), "sum")
+        for name in self._shapes:
+            # torchmetrics keeps a copy of what a state starts with: that one stays empty.
+            self.add_state(name, torch.zeros(0, dtype=torch.float64), "sum")
+        self.reset()
+
+    def reset(self) -> None:
+        """Start from nothing."""
+        super().reset()
+        for name, shape in self._shapes.items():
+            setattr(self, name, torch.zeros(shape, dtype=torch.float64, device=self.device))
+
+    def release(self) -> None:
+        """Let go of the memory until the next reset."""
+        super().reset()
 
     def update(self, probe: int, features: Tensor, labels: Tensor, fold: int = 0) -> None:
         """Take in the features of some images.

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from captum_classemb.data import IGNORED, Sample, StudyDataset
 from captum_classemb.errors import DataError, InputError
 
-__all__ = ["Batch", "batch_plan", "load_batches"]
+__all__ = ["Batch", "batch_plan", "chosen_images", "load_batches"]
 
 
 @dataclass(frozen=True)
@@ -41,23 +41,35 @@ class Batch:
     conditions: tuple[str, ...] = ()
 
 
-def batch_plan(total: int, batch_size: int, limit: int | None = None) -> list[list[int]]:
-    """Which images each batch holds; a limit takes images evenly spaced over the dataset.
+def chosen_images(total: int, limit: int | None = None) -> list[int]:
+    """The images that a run takes: all, or ``limit`` of them, evenly spaced over the dataset.
 
     Raises:
-        InputError: if a number is not positive.
+        InputError: if the limit is not positive.
 
     Examples:
-        >>> batch_plan(5, 2)
-        [[0, 1], [2, 3], [4]]
-        >>> batch_plan(9, 2, limit=3)
-        [[0, 3], [6]]
+        >>> chosen_images(9, limit=3)
+        [0, 3, 6]
     """
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise InputError(f"batch size {batch_size} and limit {limit} have to be at least 1.")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit {limit} has to be at least 1.")
     count = total if limit is None else min(limit, total)
-    chosen = [place * total // count for place in range(count)]
-    return [chosen[start : start + batch_size] for start in range(0, count, batch_size)]
+    return [place * total // count for place in range(count)]
+
+
+def batch_plan(images: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Which images each batch holds.
+
+    Raises:
+        InputError: if the batch size is not positive.
+
+    Examples:
+        >>> batch_plan(range(5), 2)
+        [[0, 1], [2, 3], [4]]
+    """
+    if batch_size < 1:
+        raise InputError(f"batch size {batch_size} has to be at least 1.")
+    return [list(images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
 
 
 class _Guarded(Dataset[Any]):

@@ -178,6 +178,8 @@ def run_study(
     options = options or RunOptions()
     output = Path(output)
     world = join_world()
+    plan = _plan(study, data, options)
+    notices = study.notices()
     with exclusive(output / f".lock-{world.rank}"):
         settings = _settings(study, data, options, world)
         run: dict[str, Any] = {}
@@ -193,8 +195,6 @@ def run_study(
             tables = {name: read_rows(output / f"{name}.csv") for name in run["tables"]}
             return StudyResult(tables, output, run["images"], info=run)
         started = time.monotonic()
-        plan = _plan(study, data, options)
-        notices = study.notices()
         if options.progress and world.leads:
             for notice in notices:
                 tqdm.write(notice, file=sys.stderr)

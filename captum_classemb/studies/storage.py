@@ -9,7 +9,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,16 @@ from captum_classemb.errors import OutputError
 
 __all__ = ["Checkpoints", "exclusive", "write_atomically"]
 
-_MAGIC = b"classemb checkpoint 1\n"
+_MAGIC = b"classemb checkpoint 2\n"
 _GENERATIONS = 2
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, *content: bytes | memoryview) -> None:
     """Write a file so that whoever opens it finds the old content or the new, nothing between.
+
+    Args:
+        path: the file; its folder is made if need be.
+        content: written one after another.
 
     Raises:
         OutputError: if it cannot be written.
@@ -34,7 +38,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with draft.open("wb") as file:
-            file.write(content)
+            for part in content:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
@@ -102,44 +107,67 @@ class Checkpoints:
 
     def _generations(self) -> list[Path]:
         """Newest first."""
-        pattern = re.compile(rf"rank-{self.rank}\.\d{{8}}\.ckpt")
-        if not self.folder.is_dir():
-            return []
-        found = (path for path in self.folder.iterdir() if pattern.fullmatch(path.name))
-        return sorted(found, reverse=True)
+        pattern = re.compile(rf"rank-{self.rank}\.\d{{3}}\.\d{{8}}\.ckpt")
+        # Not asked first whether it exists: another process may take it away meanwhile.
+        with suppress(FileNotFoundError, NotADirectoryError):
+            found = [path for path in self.folder.iterdir() if pattern.fullmatch(path.name)]
+            return sorted(found, reverse=True)
+        return []
 
-    def save(self, done: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint after ``done`` batches, and drop all but the last two."""
+    def save(self, number: int, done: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint after ``done`` batches of a pass, and drop all but the last two.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
         buffer = io.BytesIO()
         torch.save({"done": done, "state": state}, buffer)
-        body = buffer.getvalue()
+        # Sums may be large: they are not copied once more.
+        body = buffer.getbuffer()
         checksum = hashlib.sha256(body).hexdigest().encode()
-        path = self.folder / f"rank-{self.rank}.{done:08d}.ckpt"
-        write_atomically(path, _MAGIC + checksum + b"\n" + body)
+        path = self.folder / f"rank-{self.rank}.{number:03d}.{done:08d}.ckpt"
+        write_atomically(path, _MAGIC + checksum + b"\n", body)
         for old in self._generations()[_GENERATIONS:]:
             old.unlink(missing_ok=True)
 
-    def load(self) -> tuple[int, dict[str, Any]] | None:
-        """Batches done and state of the newest checkpoint that is whole; None without one."""
-        for path in self._generations():
-            content = path.read_bytes()
-            head = len(_MAGIC) + 64
-            body = content[head + 1 :]
-            whole = content.startswith(_MAGIC) and (
-                hashlib.sha256(body).hexdigest().encode() == content[len(_MAGIC) : head]
-            )
-            if whole:
+    def newest(self) -> int:
+        """The pass of the newest checkpoint that is whole; 0 without one."""
+        return next((number for number, _, _ in self._whole()), 0)
+
+    def load(self, number: int = 0) -> tuple[int, dict[str, Any]] | None:
+        """Batches done and state of a pass's newest checkpoint that is whole; None without one.
+
+        Raises:
+            OutputError: if a whole checkpoint was written by another version.
+        """
+        for found, path, body in self._whole():
+            if found == number:
                 try:
                     stored = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
                 except (RuntimeError, pickle.UnpicklingError) as error:
                     raise OutputError(f"{path} cannot be read by this version: {error}.") from error
                 return int(stored["done"]), stored["state"]
-            warnings.warn(f"{path} is incomplete: the checkpoint before it is used.", stacklevel=2)
         return None
+
+    def _whole(self) -> Iterator[tuple[int, Path, memoryview]]:
+        """Pass, file and content of the checkpoints that match their checksums, newest first."""
+        for path in self._generations():
+            content = memoryview(path.read_bytes())
+            head = len(_MAGIC) + 64
+            body = content[head + 1 :]
+            if content[: len(_MAGIC)] == _MAGIC and (
+                hashlib.sha256(body).hexdigest().encode() == content[len(_MAGIC) : head]
+            ):
+                yield int(path.name.split(".")[1]), path, body
+            else:
+                warnings.warn(
+                    f"{path} is incomplete: the checkpoint before it is used.", stacklevel=4
+                )
 
     def remove(self) -> None:
         """Delete the checkpoints of this process, and the folder if it is empty then."""
         for path in self._generations():
             path.unlink(missing_ok=True)
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
+        # Another process may take the folder away at the same moment, or still have files in it.
+        with suppress(OSError):
             self.folder.rmdir()

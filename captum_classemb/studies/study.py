@@ -11,9 +11,12 @@ from torch import nn
 
 from captum_classemb.studies.batches import Batch
 from captum_classemb.studies.tables import Row
+from captum_classemb.studies.world import World
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from captum_classemb.data import StudyDataset
 
 __all__ = ["Study"]
 
@@ -29,11 +32,14 @@ class Study(ABC):
         name: what the command line calls it; empty for a base class.
         parameters: click parameters that are passed to the constructor by name, beside those
             that all studies have.
+        trains: whether something is fitted, so that a training set can be named; a dataset then
+            comes with its own, if it has one, as :class:`~captum_classemb.data.TrainAndTest`.
         metrics: the accumulators.
     """
 
     name: ClassVar[str] = ""
     parameters: ClassVar[tuple[Any, ...]] = ()
+    trains: ClassVar[bool] = False
     metrics: nn.ModuleDict
 
     @classmethod
@@ -46,6 +52,31 @@ class Study(ABC):
 
         A run is resumed only with the same settings.
         """
+        return {}
+
+    def passes(self, data: StudyDataset, images: Sequence[int]) -> list[Sequence[int]]:
+        """Which images are read, in order: one pass over all that were chosen, unless overridden.
+
+        Args:
+            data: the dataset.
+            images: those that the run takes.
+        """
+        return [images]
+
+    def begin_pass(self, number: int) -> None:
+        """Called before each pass, and before the sums of an interrupted one are restored."""
+        return
+
+    def end_pass(self, number: int, world: World) -> None:
+        """Called after each pass but the last, on all processes at once."""
+        return
+
+    def notices(self) -> list[str]:
+        """Sentences that are said before the run starts and kept in ``run.json``."""
+        return []
+
+    def notes(self) -> dict[str, Any]:
+        """What ``run.json`` says of the run beside settings; called once, on every process."""
         return {}
 
     @abstractmethod

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 __all__ = ["World", "join_world"]
 
@@ -55,6 +56,22 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def add(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, the same bits on each; the tensor itself if it is alone."""
+        if self.size == 1:
+            return tensor
+        total = tensor.cpu().clone()
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
+    def least(self, value: int) -> int:
+        """The smallest of all processes' values."""
+        if self.size == 1:
+            return value
+        box = torch.tensor(value)
+        dist.all_reduce(box, op=dist.ReduceOp.MIN)
+        return int(box)
+
     def wait(self) -> None:
         """Until every process is here."""
         if self.size > 1:
@@ -64,9 +81,9 @@ class World:
 def join_world() -> World:
     """Join the other processes if torchrun started this one.
 
-    Only sums of a few megabytes are exchanged, once, at the end: gloo carries them between CPUs
-    and GPUs alike. The processes stay together until they end, for a group that is taken apart
-    cannot be joined again reliably.
+    Only sums are exchanged, once a pass: gloo carries them between CPUs and GPUs alike. The
+    processes stay together until they end, for a group that is taken apart cannot be joined again
+    reliably.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from studies.toy import IMAGES, Toy, ToyData
 
 from captum_classemb.errors import DataError, InputError, OutputError
 from captum_classemb.studies import RunOptions, read_rows, run_study
-from captum_classemb.studies.batches import batch_plan, load_batches
+from captum_classemb.studies.batches import batch_plan, chosen_images, load_batches
 from captum_classemb.studies.storage import Checkpoints, write_atomically
 
 TOY = Path(__file__).parent / "toy.py"
@@ -64,7 +65,7 @@ def test_killed_and_resumed_gives_the_same_table_and_repeats_one_interval(tmp_pa
     assert sorted(p.name for p in output.iterdir()) == ["run.json", "toy.csv"]
 
 
-def interrupted(output: Path, after: int) -> None:
+def interrupted(output: Path, after: int, twice: bool = False) -> None:
     """A run that ends by an exception after so many batches, as if killed there."""
 
     class StopError(Exception):
@@ -79,7 +80,7 @@ def interrupted(output: Path, after: int) -> None:
             super().update(batch)
 
     with pytest.raises(StopError):
-        run_study(Stopping(), ToyData(), output, QUIET)
+        run_study(Stopping(twice=twice), ToyData(), output, QUIET)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
@@ -106,17 +107,16 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path: Path) -
     assert (tmp_path / "early/toy.csv").read_bytes() == undisturbed(tmp_path / "whole")
 
 
-@pytest.mark.slow
 def test_torchrun_gives_the_same_table_with_uneven_data(tmp_path: Path) -> None:
-    """Also: what only the leader can see stops all processes with the same error."""
+    """In two passes; also: what only the leader can see stops all processes with one error."""
     output, full, log = tmp_path / "two", tmp_path / "full", tmp_path / "log"
     full.mkdir()
     (full / "notes.txt").write_text("mine")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    process = start(output, 0.0, log, full, launcher=launcher)
+    process = start(output, 0.0, log, full, "twice", launcher=launcher)
     _, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors.decode()[-2000:]
-    undisturbed(tmp_path / "one")
+    run_study(Toy(twice=True), ToyData(), tmp_path / "one", QUIET)
     two, one = read_rows(output / "toy.csv"), read_rows(tmp_path / "one/toy.csv")
     assert [row._replace(value=0.0) for row in two] == [row._replace(value=0.0) for row in one]
     assert [row.value for row in two] == pytest.approx([row.value for row in one], rel=1e-12)
@@ -170,19 +170,18 @@ def test_an_unreadable_image_is_one_sentence(workers: int) -> None:
                 raise DataError("image 3 cannot be read.")
             return super().__getitem__(index)
 
-    import torch
-
-    plan = list(enumerate(batch_plan(IMAGES, 2)))
+    plan = list(enumerate(batch_plan(range(IMAGES), 2)))
     with pytest.raises(DataError, match=r"^image 3 cannot be read\.$"):
         list(load_batches(Broken(), plan, torch.device("cpu"), workers))
 
 
-def test_batch_plan_spreads_a_limit_and_refuses_nonsense() -> None:
-    assert sum(batch_plan(100, 7, 10), []) == list(range(0, 100, 10))
-    assert sum(batch_plan(5, 2, 50), []) == [0, 1, 2, 3, 4]
-    for wrong in ((0, None), (2, 0)):
+def test_a_limit_is_spread_and_nonsense_refused() -> None:
+    assert chosen_images(100, 10) == list(range(0, 100, 10))
+    assert chosen_images(5, 50) == chosen_images(5) == [0, 1, 2, 3, 4]
+    assert batch_plan([4, 9, 2], 2) == [[4, 9], [2]]
+    for wrong in (lambda: chosen_images(5, 0), lambda: batch_plan([1], 0)):
         with pytest.raises(InputError, match="at least 1"):
-            batch_plan(5, *wrong)
+            wrong()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
@@ -195,5 +194,67 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_checkpoints_of_two_ranks_do_not_meet(tmp_path: Path) -> None:
     for rank in (0, 1):
-        Checkpoints(tmp_path, rank).save(rank + 3, {})
+        Checkpoints(tmp_path, rank).save(0, rank + 3, {})
     assert [Checkpoints(tmp_path, rank).load() for rank in (0, 1, 2)] == [(3, {}), (4, {}), None]
+
+
+def test_two_ranks_that_end_at_once_remove_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a process's look at the folder and its removal, the other one removes it."""
+    folder = tmp_path / "checkpoints"
+    for rank in (0, 1):
+        Checkpoints(folder, rank).save(0, 1, {})
+    Checkpoints(folder, 0).remove()
+    assert folder.is_dir() and Checkpoints(folder, 1).load() == (1, {})
+    remove = Path.rmdir
+
+    def beaten(path: Path) -> None:
+        remove(path)
+        remove(path)
+
+    monkeypatch.setattr(Path, "rmdir", beaten)
+    Checkpoints(folder, 1).remove()
+    assert not folder.exists()
+    Checkpoints(folder, 0).remove()
+
+
+def test_checkpoints_know_their_pass(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.newest() == 0
+    for number, done in ((0, 4), (0, 8), (1, 0)):
+        checkpoints.save(number, done, {"in": number})
+    assert checkpoints.newest() == 1 and len(list(tmp_path.iterdir())) == 2
+    assert checkpoints.load(1) == (0, {"in": 1})
+    assert checkpoints.load(0) == (8, {"in": 0})
+    assert checkpoints.load(2) is None
+
+
+def by_definition() -> list[float]:
+    """The variance of each class, all images at once."""
+    data = ToyData()
+    values = torch.stack([data[i].image.exp().mean() for i in range(IMAGES)]).double()
+    labels = torch.tensor(data.labels)
+    return [values[labels == k].var(correction=0).item() for k in range(3)]
+
+
+def test_a_second_pass_knows_what_the_first_found(tmp_path: Path) -> None:
+    result = run_study(Toy(twice=True), ToyData(), tmp_path / "out", QUIET)
+    found = [row.value for row in result.tables["toy"]]
+    assert found == pytest.approx(by_definition(), rel=1e-5)
+    assert result.images == sum(row.n for row in result.tables["toy"]) == IMAGES
+    assert json.loads((tmp_path / "out/run.json").read_text())["notices"] == ["twice"]
+
+
+@pytest.mark.parametrize("after", [3, BATCHES, BATCHES + 1, BATCHES + 7])
+def test_stopped_in_either_pass(tmp_path: Path, after: int) -> None:
+    """Also at the first batch of the second pass, which has a checkpoint of nothing."""
+    output, log = tmp_path / "stopped", tmp_path / "log"
+    interrupted(output, after, twice=True)
+    run_study(Toy(log=log, twice=True), ToyData(), output, RESUME)
+    run_study(Toy(twice=True), ToyData(), tmp_path / "whole", QUIET)
+    assert (output / "toy.csv").read_bytes() == (tmp_path / "whole/toy.csv").read_bytes()
+    taken = [int(line) for line in log.read_text().split()]
+    interval = QUIET.checkpoint_every // QUIET.batch_size
+    assert taken == list(range(taken[0], 2 * BATCHES)) and after - interval <= taken[0] <= after
+    assert sorted(p.name for p in output.iterdir()) == ["run.json", "toy.csv"]

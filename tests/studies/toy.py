@@ -15,6 +15,7 @@ from captum_classemb.data import Sample
 from captum_classemb.errors import OutputError
 from captum_classemb.studies import Row, RunOptions, Study, run_study
 from captum_classemb.studies.batches import Batch
+from captum_classemb.studies.world import World
 
 IMAGES = 23
 
@@ -58,20 +59,41 @@ class Sums(Metric):
 
 
 class Toy(Study):
-    """The mean exponential of pixels."""
+    """The mean exponential of pixels; in a second pass, the mean square of what differs from it."""
 
     name = "toy"
 
-    def __init__(self, pause: float = 0.0, log: Path | None = None, scale: float = 1.0) -> None:
-        self.pause, self.log, self.scale = pause, log, scale
-        self.metrics = nn.ModuleDict({"sums": Sums()})
+    def __init__(
+        self, pause: float = 0.0, log: Path | None = None, scale: float = 1.0, twice: bool = False
+    ) -> None:
+        self.pause, self.log, self.scale, self.twice = pause, log, scale, twice
+        self.metrics = nn.ModuleDict({"sums": Sums(), "means": Sums()})
+        self.number = 0
 
     def settings(self) -> dict[str, Any]:
-        return {"scale": self.scale}
+        return {"scale": self.scale, "twice": self.twice}
+
+    def passes(self, data: Any, images: Any) -> list[Any]:
+        return [images, images] if self.twice else [images]
+
+    def notices(self) -> list[str]:
+        return ["twice"] if self.twice else []
+
+    def begin_pass(self, number: int) -> None:
+        self.number = number
+        self.metrics["sums"] = Sums().to(self.metrics["sums"].total.device)
+        self.metrics["sums"].persistent(True)
+
+    def end_pass(self, number: int, world: World) -> None:
+        own, means = self.metrics["sums"], self.metrics["means"]
+        means.total = world.add(own.total) / world.add(own.count)
 
     def update(self, batch: Batch) -> None:
         time.sleep(self.pause)
-        self.metrics["sums"].update(batch.images.exp().mean((1, 2, 3)) * self.scale, batch.labels)
+        values = batch.images.exp().mean((1, 2, 3)) * self.scale
+        if self.number:
+            values = (values - self.metrics["means"].total[batch.labels]).square()
+        self.metrics["sums"].update(values, batch.labels)
         if self.log is not None:
             with self.log.open("a") as file:
                 file.write(f"{batch.number}\n")
@@ -87,11 +109,14 @@ class Toy(Study):
 
 if __name__ == "__main__":
     output, pause, log = Path(sys.argv[1]), float(sys.argv[2]), Path(sys.argv[3])
-    options = RunOptions(batch_size=2, checkpoint_every=4, progress=False)
+    twice, resume = "twice" in sys.argv[4:], "resume" in sys.argv[4:]
+    options = RunOptions(batch_size=2, checkpoint_every=4, progress=False, resume=resume)
     for refused in sys.argv[4:]:
+        if refused in ("twice", "resume"):
+            continue
         try:
             run_study(Toy(), ToyData(), Path(refused), options)
         except OutputError as error:
             with log.open("a") as file:
                 file.write(f"{error}\n")
-    run_study(Toy(pause, None if len(sys.argv) > 4 else log), ToyData(), output, options)
+    run_study(Toy(pause, log, twice=twice), ToyData(), output, options)
