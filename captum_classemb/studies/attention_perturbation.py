@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from captum_classemb.studies.batches import Batch
-from captum_classemb.studies.figures import COLOURS, Panel, Series, by_block
+from captum_classemb.studies.figures import COLOURS, Panel, Series, by_block, up_to_highest
 from captum_classemb.studies.model_study import Subject
 from captum_classemb.studies.perturbation import UNPERTURBED, PerturbationStudy
 from captum_classemb.studies.tables import Row, select
@@ -73,21 +73,16 @@ class AttentionPerturbationStudy(PerturbationStudy):
 
 def draw(rows: Sequence[Row], model: str) -> dict[str, Figure]:
     """Identifiability of image tokens and of CLS under each condition."""
-    panels = (
-        ("image", "class_identifiability", "image tokens", "mean of 1 − rank/C"),
-        ("image", "class_identifiability_rate", "image tokens", "share with rank 0"),
-        ("cls", "class_identifiability_rate", "CLS", "share with rank 0"),
-    )
+    image, cls = (select(rows, tokens=tokens, group="all") for tokens in ("image", "cls"))
+    mean, rate = _series("class_identifiability"), _series("class_identifiability_rate")
     drawn = [
-        Panel(chosen, _series(metric), title, label)
-        for tokens, metric, title, label in panels
-        if (chosen := select(rows, tokens=tokens, group="all"))
+        Panel(image, mean, "image tokens: identifiability", "mean of 1 − rank/C"),
+        *up_to_highest([Panel(image, rate, "image tokens: rate", "share of tokens with rank 0")]),
     ]
-    return {
-        "attention_perturbation": by_block(
-            f"Class identifiability where attention is cut, {model}", drawn
-        )
-    }
+    if cls:
+        drawn.append(Panel(cls, rate, "CLS: rate", "share of images with rank 0"))
+    title = f"Class identifiability where attention is cut, {model}"
+    return {"attention_perturbation": by_block(title, drawn)}
 
 
 def _series(metric: str) -> list[Series]:

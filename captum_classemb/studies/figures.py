@@ -22,6 +22,7 @@ __all__ = [
     "lines",
     "new_figure",
     "shared_legend",
+    "up_to_highest",
 ]
 
 #: Of cividis and viridis: told apart in grey and by colour-blind readers.
@@ -47,21 +48,32 @@ TOKEN_SERIES = (
 
 
 class Panel(NamedTuple):
-    """One panel: the rows it shows, its lines, what is above it and beside it."""
+    """One panel: the rows it shows, its lines, what is above it and beside it, its range."""
 
     rows: Sequence[Row]
     series: Sequence[Series]
     title: str
     label: str
+    limits: tuple[float, float] = (0.0, 1.0)
 
 
-def by_block(
-    title: str, panels: Sequence[Panel], limits: tuple[float, float] | None = (0.0, 1.0)
-) -> Figure:
+def up_to_highest(panels: Sequence[Panel]) -> list[Panel]:
+    """The panels on one range, from 0 to a little above the highest line."""
+    values = [
+        row.value
+        for panel in panels
+        for series in panel.series
+        for row in select(panel.rows, **series.rows)
+    ]
+    top = min(1.0, 1.05 * max(values, default=1.0))
+    return [panel._replace(limits=(0.0, top)) for panel in panels]
+
+
+def by_block(title: str, panels: Sequence[Panel]) -> Figure:
     """A figure of panels over blocks, with one legend."""
     figure, axes = new_figure(len(panels), title)
     for axis, panel in zip(axes, panels, strict=True):
-        lines(axis, panel.rows, panel.series, panel.title, panel.label, limits)
+        lines(axis, *panel)
     shared_legend(figure, axes)
     return figure
 
@@ -106,8 +118,8 @@ def lines(
     axis.set_xlabel("block")
     axis.set_ylabel(label)
     if drawn:
-        step = max(1, len(drawn) // 6)
-        axis.set_xticks(sorted(drawn)[::step])
+        # The last block is the one that is talked about.
+        axis.set_xticks(sorted(drawn, reverse=True)[:: max(1, len(drawn) // 6)])
     if limits is not None:
         margin = 0.03 * (limits[1] - limits[0])
         axis.set_ylim(limits[0] - margin, limits[1] + margin)

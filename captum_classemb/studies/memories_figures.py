@@ -11,6 +11,7 @@ from captum_classemb.studies.figures import (
     Panel,
     Series,
     by_block,
+    up_to_highest,
 )
 from captum_classemb.studies.tables import Row, select
 
@@ -42,11 +43,9 @@ def _tokens(rows: Sequence[Row], metric: str, title: str, label: str, control: s
 
 
 def _by_layer(rows: Sequence[Row], series: Sequence[Series], title: str, label: str) -> Figure:
-    """Attention beside MLP, on an axis that ends above the highest line."""
-    shown = {one.rows["metric"] for one in series}
-    top = max((row.value for row in rows if row.metric in shown), default=1.0)
+    """Attention beside MLP."""
     drawn = [Panel(select(rows, site=site), series, name, label) for site, name in _LAYERS.items()]
-    return by_block(title, drawn, (0.0, min(1.0, 1.05 * top)))
+    return by_block(title, up_to_highest(drawn))
 
 
 def draw(rows: Sequence[Row], model: str) -> dict[str, Figure]:

@@ -12,7 +12,7 @@ from captum_classemb.data import CONTEXT, OBJECT
 from captum_classemb.errors import InputError
 from captum_classemb.metrics import GroupedMean
 from captum_classemb.studies.batches import Batch
-from captum_classemb.studies.figures import COLOURS, Panel, Series, by_block
+from captum_classemb.studies.figures import COLOURS, Panel, Series, by_block, up_to_highest
 from captum_classemb.studies.model_study import Subject
 from captum_classemb.studies.perturbation import UNPERTURBED, PerturbationStudy
 from captum_classemb.studies.tables import Row, select
@@ -26,7 +26,6 @@ __all__ = ["TokenPerturbationStudy", "draw"]
 
 #: What is removed in each pass, and the group of tokens that is left.
 _REMOVED = {"without_context": (CONTEXT, "class"), "without_class": (OBJECT, "context")}
-_GONE = {"class": COLOURS["class"], "context": COLOURS["context"]}
 _RATE = "class_identifiability_rate"
 
 
@@ -114,19 +113,20 @@ class TokenPerturbationStudy(PerturbationStudy):
 
 def draw(rows: Sequence[Row], model: str) -> dict[str, Figure]:
     """Class tokens with and without the context, context tokens with and without the class."""
-    drawn = []
-    for metric, label in (
-        ("class_identifiability", "mean of 1 − rank/C"),
-        (_RATE, "share with rank 0"),
-    ):
-        for name, (_, group) in _REMOVED.items():
-            gone = "context" if group == "class" else "class"
-            series = [
-                Series("unperturbed", {"metric": f"{UNPERTURBED}/{metric}"}, COLOURS["cls"]),
-                Series(f"without {gone} tokens", {"metric": f"{name}/{metric}"}, _GONE[gone], "--"),
-            ]
-            chosen = select(rows, tokens="image", group=group)
-            drawn.append(Panel(chosen, series, f"{group} tokens", label))
-    return {
-        "token_perturbation": by_block(f"Class identifiability without some tokens, {model}", drawn)
-    }
+    mean = _panels(rows, "class_identifiability", "identifiability", "mean of 1 − rank/C")
+    rate = _panels(rows, _RATE, "rate", "share of tokens with rank 0")
+    title = f"Class identifiability without some tokens, {model}"
+    return {"token_perturbation": by_block(title, [*mean, *up_to_highest(rate)])}
+
+
+def _panels(rows: Sequence[Row], metric: str, words: str, label: str) -> list[Panel]:
+    panels = []
+    for name, (_, group) in _REMOVED.items():
+        gone = "context" if group == "class" else "class"
+        series = [
+            Series("unperturbed", {"metric": f"{UNPERTURBED}/{metric}"}, COLOURS["cls"]),
+            Series(f"without {gone} tokens", {"metric": f"{name}/{metric}"}, COLOURS[gone], "--"),
+        ]
+        chosen = select(rows, tokens="image", group=group)
+        panels.append(Panel(chosen, series, f"{group} tokens: {words}", label))
+    return panels
