@@ -9,6 +9,11 @@ from types import ModuleType
 
 import pytest
 import timm
+import torch
+from torch.nn import functional as F
+
+from captum_classemb.vit import adapt, record
+from captum_classemb.vit.edit import knock_out, remove_tokens
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "model_conformance.py"
 
@@ -58,6 +63,29 @@ def conformance() -> ModuleType:
 def test_identities_hold(name: str, conformance: ModuleType) -> None:
     row = conformance.check(name, "sample")
     assert row.outcome == "pass", row
+
+
+@pytest.mark.parametrize(
+    "name", [*VARIANTS[:-1], "vit_small_patch16_dinov3", "vit_small_patch16_rope_224"]
+)
+def test_removed_tokens_are_tokens_that_nobody_attends_to(
+    name: str, conformance: ModuleType
+) -> None:
+    model = conformance.build(name)
+    image = conformance.sample_input(model)
+    images, vit = torch.cat([image, image.flip(-1)]), adapt(model)
+    h, w = vit.grid((image.shape[2], image.shape[3]))
+    keep = torch.rand(2, h * w) < torch.tensor([[0.3], [0.7]])
+    keep[:, 0] = True
+    seen = F.pad(keep, (vit.prefix_tokens, 0), value=True)
+    with torch.no_grad(), remove_tokens(vit, keep):
+        found = vit(images)
+    with knock_out(vit, ~seen[:, None].expand(-1, seen.shape[1], -1)):
+        tokens = record(vit, images, ["resid_post"])["resid_post"][-1]
+    left = [tokens[i : i + 1, seen[i]][:, vit.readout.reads] for i in range(2)]
+    expected = torch.cat([vit.readout(rows) for rows in left])
+    assert torch.allclose(found, expected, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(found, vit(images), rtol=1e-3)
 
 
 @pytest.mark.parametrize(
