@@ -15,7 +15,7 @@ from captum_classemb.functional.areas import area, removal_counts
 from captum_classemb.functional.grid import tile
 from captum_classemb.functional.removal import MEASURES, outcomes, patch_sums, removal_order
 from captum_classemb.vit import ViT, adapt, record
-from captum_classemb.vit.edit import keep_tokens, removable_tokens, run_blocks
+from captum_classemb.vit.edit import keep_tokens, removable_tokens, remove_tokens, run_blocks
 
 __all__ = ["Perturbation", "RemovalCurve", "RemovalCurves", "removal_curves"]
 
@@ -116,23 +116,29 @@ def _kept(order: Tensor, removed: Tensor) -> Iterator[Tensor]:
 def _without_tokens(vit: ViT, inputs: Tensor, order: Tensor, removed: Tensor) -> Iterator[Tensor]:
     recording = record(vit, inputs, ["resid_pre"], blocks=[0])
     tokens: Tensor = recording["resid_pre"][0]
-    _check_resumed(vit, tokens[:1], recording.logits[:1])
     yield recording.logits.repeat(2, 1)
-    pairs = tokens.repeat(2, 1, 1)
+    if _resumes(vit, tokens[:1], recording.logits[:1]):
+        pairs = tokens.repeat(2, 1, 1)
+        for kept in _kept(order, removed):
+            yield run_blocks(vit, keep_tokens(pairs, kept, vit.prefix_tokens))
+        return
+    # More than tokens enters the blocks (rotary positions, tables): the model itself is run.
+    pairs = inputs.repeat(2, 1, 1, 1)
     for kept in _kept(order, removed):
-        yield run_blocks(vit, keep_tokens(pairs, kept, vit.prefix_tokens))
+        with remove_tokens(vit, kept):
+            yield vit(pairs)
 
 
-def _check_resumed(vit: ViT, tokens: Tensor, logits: Tensor) -> None:
-    """The rest of the model, run from its tokens, must be the model."""
-    resumed = run_blocks(vit, tokens).to(logits)
+def _resumes(vit: ViT, tokens: Tensor, logits: Tensor) -> bool:
+    """Whether the rest of the model, run from its tokens, is the model."""
+    try:
+        resumed = run_blocks(vit, tokens).to(logits)
+    except UnsupportedModelError:
+        return False
     # Half precision rounds at other places in a batch of one; a missing part is of the size of 1.
     allowed = 4 * torch.finfo(logits.dtype).eps ** 0.5
-    if (resumed - logits).norm() > min(allowed, 0.2) * (logits.norm() + 1):
-        raise UnsupportedModelError(
-            f"{type(vit.model).__qualname__} is more than its blocks and its readout, so tokens "
-            "cannot be taken out exactly; perturb pixels instead."
-        )
+    difference = (resumed - logits).norm()
+    return bool(difference <= min(allowed, 0.2) * (logits.norm() + 1))
 
 
 def _without_pixels(

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.metrics import Accuracy, ClassIdentifiability
 from captum_classemb.studies.model_study import ModelStudy, Subject
 from captum_classemb.studies.tables import Row, select
 from captum_classemb.vit import Recording
+from captum_classemb.vit.edit import refuse_class_attention
 
 __all__ = ["UNPERTURBED", "PerturbationStudy"]
 
@@ -34,12 +34,7 @@ class PerturbationStudy(ModelStudy):
 
     def __init__(self, subject: Subject, conditions: Sequence[str]) -> None:
         super().__init__(subject)
-        if any(block.stream for block in self.vit.blocks):
-            raise UnsupportedModelError(
-                f"image tokens of {type(self.vit.model).__qualname__} attend to each other before "
-                "the blocks of class attention, which are the ones the library reads: neither can "
-                "their attention be cut off there, nor can they be removed."
-            )
+        refuse_class_attention(self.vit)
         self.conditions = tuple(conditions)
         self.depth = len(self.vit.blocks)
         self.places = [(block, "resid_post") for block in range(self.depth)]

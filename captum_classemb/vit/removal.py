@@ -19,7 +19,13 @@ from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.vit.attention_edit import AttentionEdit
 from captum_classemb.vit.hooks import after, before, hooks_removed
 from captum_classemb.vit.parts import Call, ViT
-from captum_classemb.vit.tokens import Kept, keep_tokens, kept_tokens, reads_patches
+from captum_classemb.vit.tokens import (
+    Kept,
+    keep_tokens,
+    kept_tokens,
+    reads_patches,
+    refuse_class_attention,
+)
 
 __all__ = ["remove_tokens"]
 
@@ -50,12 +56,7 @@ def remove_tokens(vit: ViT, keep: Tensor) -> Iterator[None]:
         ...     vit(torch.rand(2, 3, 64, 64)).shape
         torch.Size([2, 10])
     """
-    if any(block.stream for block in vit.blocks):
-        raise UnsupportedModelError(
-            f"patches of {type(vit.model).__qualname__} attend to each other before the blocks of "
-            "class attention, which are the ones the library reads: its tokens cannot be taken "
-            "out there."
-        )
+    refuse_class_attention(vit)
     removal = _Removal(vit, kept_tokens(keep, vit.prefix_tokens), keep.shape[1], keep.dtype)
     attention = removal.active() if removal.edits_attention else nullcontext()
     with attention, hooks_removed(removal.hooks()):

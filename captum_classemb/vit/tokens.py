@@ -10,7 +10,15 @@ from torch import Tensor
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.vit.parts import Call, ViT
 
-__all__ = ["Kept", "keep_tokens", "kept_tokens", "reads_patches", "removable_tokens", "run_blocks"]
+__all__ = [
+    "Kept",
+    "keep_tokens",
+    "kept_tokens",
+    "reads_patches",
+    "refuse_class_attention",
+    "removable_tokens",
+    "run_blocks",
+]
 
 
 class Kept(NamedTuple):
@@ -109,6 +117,16 @@ def reads_patches(vit: ViT) -> bool:
     return not (stop is not None and 0 < stop <= vit.prefix_tokens)
 
 
+def refuse_class_attention(vit: ViT) -> None:
+    """Raise UnsupportedModelError if patches attend to each other before the blocks of the ViT."""
+    if any(block.stream for block in vit.blocks):
+        raise UnsupportedModelError(
+            f"patches of {type(vit.model).__qualname__} attend to each other before the blocks of "
+            "class attention, which are the ones the library reads: neither can they be removed "
+            "nor their attention be cut there."
+        )
+
+
 def run_blocks(vit: ViT, tokens: Tensor) -> Tensor:
     """The logits that follow from the tokens entering the first block.
 
@@ -120,8 +138,10 @@ def run_blocks(vit: ViT, tokens: Tensor) -> Tensor:
         B×C, without gradients.
 
     Raises:
-        UnsupportedModelError: if the model's attention reads positions itself.
+        UnsupportedModelError: if the model's attention reads positions itself, or its blocks
+            are of class attention.
     """
+    refuse_class_attention(vit)
     for attention in (attention for block in vit.blocks for attention in block.attentions):
         if attention.bias(Call((), {}), slice(0, 1)) is not None:
             raise UnsupportedModelError(

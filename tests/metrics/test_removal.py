@@ -6,13 +6,15 @@ import copy
 import pickle
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 import timm
 import torch
+from masking import logits_without
 from torch import Tensor, nn
 
-from captum_classemb.errors import InputError
+from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.functional.grid import spread, tile
 from captum_classemb.functional.removal import outcomes, removal_order
 from captum_classemb.metrics.removal import RemovalCurve, removal_curves
@@ -52,6 +54,23 @@ def test_tokens_one_image_and_one_count_at_a_time(options: dict[str, Any]) -> No
                 with torch.no_grad(), remove_tokens(vit, keep[None]):
                     expected = outcomes(vit(images[b : b + 1]), target[b : b + 1])
                 assert torch.allclose(curves.values[b, o, s], expected[0].float(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["eva, rotary and gated MLP", "beit", "relative positions, shared"]
+)
+def test_models_whose_attention_reads_positions(name: str) -> None:
+    vit = adapt(families.build(name))
+    images, scores, target = batch()
+    curves = removal_curves(vit, images, scores, target, steps=3)
+    order = removal_order(scores)
+    for s, count in enumerate(curves.removed.tolist()):
+        keep = torch.ones(3, 16, dtype=torch.bool).scatter_(1, order[:, :count], False)
+        expected = outcomes(logits_without(vit.model, images, keep), target)
+        assert torch.allclose(curves.values[:, 0, s], expected.float(), atol=1e-6)
+    refused = adapt(families.build("cait"))
+    with pytest.raises(UnsupportedModelError, match="class attention"):
+        removal_curves(refused, images, scores, target, steps=3)
 
 
 def test_painting_in_the_mean_colour() -> None:
