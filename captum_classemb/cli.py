@@ -122,6 +122,13 @@ def cli() -> None:
     help=f"{', '.join(_METHODS)}; several allowed. Default: all.",
 )
 @click.option(
+    "--readout",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Read hidden states with a fitted probe or tuned lens (safetensors). "
+    "Default: the model's own classifier.",
+)
+@click.option(
     "--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda, cuda:1, mps, ..."
 )
 @click.option(
@@ -164,6 +171,7 @@ def explain(
     checkpoint: Path | None,
     targets: tuple[str, ...],
     methods: tuple[str, ...],
+    readout: Path | None,
     device: str,
     dtype: str,
     batch_size: int,
@@ -182,12 +190,15 @@ def explain(
 
     from captum_classemb.explain import Options, Run, write_page
 
+    if html is not None and readout is not None:
+        raise click.UsageError("the page of --html has no place for a --readout: leave one out.")
     given: dict[str, Any] = {"model": model, "methods": methods}
     run = Run(
         Options(
             images=images,
             checkpoint=checkpoint,
             targets=targets,
+            readout=readout,
             device=device,
             dtype=getattr(torch, dtype),
             batch_size=batch_size,

@@ -17,7 +17,9 @@ from captum_classemb.attr import (
     MemoryPatchImportance,
     PatchImportance,
 )
+from captum_classemb.errors import InputError
 from captum_classemb.functional.identifiability import identifiability
+from captum_classemb.readout import Readout
 from captum_classemb.vit import ViT, record
 
 __all__ = ["METHODS", "Explainer", "Explanation", "Method", "PatchMethod"]
@@ -46,7 +48,7 @@ class Method:
     Args:
         title: over the column.
         caption: what its scores are.
-        build: the attribution, with its default options.
+        build: the attribution of a model, read by its own class embedding or another readout.
         options: these options, for the record.
         whole: what its map sums.
         every_class: whether the maps of all classes cost little more than one.
@@ -54,7 +56,7 @@ class Method:
 
     title: str
     caption: str
-    build: Callable[[ViT], PatchMethod]
+    build: Callable[[ViT, Readout | None], PatchMethod]
     options: Mapping[str, object]
     whole: str = "all blocks and heads"
     every_class: bool = True
@@ -123,12 +125,28 @@ class Explainer:
         methods: keys of `METHODS`.
         targets: the classes explained in every image; without any, the model's first choice for
             each image.
+        readout: instead of the model's own class embedding; of the same classes.
+
+    Raises:
+        InputError: if the readout has other classes than the model.
     """
 
-    def __init__(self, vit: ViT, methods: Sequence[str], targets: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        vit: ViT,
+        methods: Sequence[str],
+        targets: Sequence[int] = (),
+        readout: Readout | None = None,
+    ) -> None:
         self.vit = vit
         self.targets = tuple(targets)
-        self.methods = {name: METHODS[name].build(vit) for name in methods}
+        self.readout = vit.readout if readout is None else readout
+        if self.readout.num_classes != vit.num_classes:
+            raise InputError(
+                f"the readout has {self.readout.num_classes} classes and the model "
+                f"{vit.num_classes}: explain with one of the same classes."
+            )
+        self.methods = {name: METHODS[name].build(vit, readout) for name in methods}
 
     def __call__(self, images: Tensor) -> list[Explanation]:
         """Explain images B×3×H×W.
@@ -167,8 +185,8 @@ class Explainer:
         """Class identifiability of every token after every block: B×K×L×N."""
         by_block = []
         with torch.no_grad():
-            for tokens in blocks:
-                logits = self.vit.readout.project(tokens)
+            for block, tokens in enumerate(blocks):
+                logits = self.readout.at(block, "resid_post").project(tokens)
                 each = [
                     identifiability(logits, column[:, None].to(logits.device)).cpu()
                     for column in targets.unbind(1)

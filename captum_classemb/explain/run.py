@@ -24,6 +24,7 @@ from captum_classemb.models.demo import demo_image_paths
 from captum_classemb.models.load import load_model
 from captum_classemb.models.names import DEMO_MODEL, ClassNames, class_names
 from captum_classemb.plot.explain import MAX_TARGETS, ClassScore, PatchMaps, explanation_figure
+from captum_classemb.readout import load_readout
 from captum_classemb.vit import adapt
 
 __all__ = ["Options", "Outcome", "Run"]
@@ -41,6 +42,7 @@ class Options:
     checkpoint: Path | None = None
     targets: Sequence[str | int] = ()
     methods: Sequence[str] = tuple(METHODS)
+    readout: Path | None = None
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     batch_size: int = 8
@@ -122,7 +124,8 @@ class Run:
                 f"{len(targets)} targets were given: one figure shows up to {MAX_TARGETS}."
             )
         self.preprocess = Preprocess.of_model(model)
-        self.explainer = Explainer(vit, list(dict.fromkeys(options.methods)), targets)
+        readout = None if options.readout is None else load_readout(options.readout, vit.readout)
+        self.explainer = Explainer(vit, list(dict.fromkeys(options.methods)), targets, readout)
 
     def __len__(self) -> int:
         """The number of outcomes."""
@@ -201,6 +204,13 @@ class Run:
         figure.savefig(buffer, format="png", dpi=_DPI)
         return buffer.getvalue()
 
+    def _readout(self) -> dict[str, str]:
+        """What the hidden states were read with."""
+        path = self.options.readout
+        if path is None:
+            return {"source": "model"}
+        return {"source": "file", "kind": type(self.explainer.readout).__name__, **_of_file(path)}
+
     def _record(
         self,
         photo: _Photograph,
@@ -240,10 +250,15 @@ class Run:
                 }
                 for name, method in self.explainer.methods.items()
             },
-            "identifiability": {"site": "resid_post", "blocks": "all", "readout": "model"},
+            "readout": self._readout(),
+            "identifiability": {"site": "resid_post", "blocks": "all"},
             "seed": None,
             "versions": _versions(),
         }
+
+
+def _of_file(path: Path) -> dict[str, str]:
+    return {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def scores(
@@ -270,12 +285,7 @@ def _archive(photo: _Photograph, explanation: Explanation) -> bytes:
 
 def _weights(model: torch.nn.Module, options: Options) -> dict[str, str]:
     if options.checkpoint is not None:
-        content = options.checkpoint.read_bytes()
-        return {
-            "source": "file",
-            "file": str(options.checkpoint),
-            "sha256": hashlib.sha256(content).hexdigest(),
-        }
+        return {"source": "file", **_of_file(options.checkpoint)}
     if options.model == DEMO_MODEL:
         return {"source": "package"}
     config: Any = getattr(model, "pretrained_cfg", None) or {}

@@ -133,7 +133,8 @@ class TokenReader:
         kind = torch.promote_types(tokens.dtype, torch.float32)
         matrix = self.matrix.to(tokens.device, kind)
         bias = None if self.bias is None else self.bias.to(tokens.device, kind)
-        size = min(size, len(flat))
+        # Chunks of the same size, so that none is left with a few rows.
+        size = -(-len(flat) // -(-len(flat) // size))
         held = self._buffer(size, matrix)
         for start in range(0, len(flat), size):
             features = flat[start : start + size].to(kind)
@@ -166,10 +167,10 @@ def target_logits(readout: Readout, tokens: Tensor, target: Tensor) -> Tensor:
 
 def chunk_rows(num_classes: int, device: torch.device) -> int:
     """How many tokens' logits are held at once: what a cache holds, or what fills a GPU."""
-    held = 3 << 18 if device.type == "cpu" else 1 << 28
+    held = 1 << 22 if device.type == "cpu" else 1 << 28
     rows = held // (4 * num_classes)
-    # Matrix products like whole tiles.
-    return max(1, rows - rows % 32 if rows > 32 else rows)
+    # Products of a few rows are slow; and matrix products like whole tiles.
+    return max(256, rows - rows % 32)
 
 
 def _normalise(norm: Norm, tokens: Tensor) -> Tensor:
