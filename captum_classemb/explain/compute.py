@@ -48,7 +48,7 @@ class Method:
     Args:
         title: over the column.
         caption: what its scores are.
-        build: the attribution of a model, read by its own class embedding or another readout.
+        build: the attribution, from a model and, if wanted, a readout instead of its own.
         options: these options, for the record.
         whole: what its map sums.
         every_class: whether the maps of all classes cost little more than one.
@@ -56,7 +56,7 @@ class Method:
 
     title: str
     caption: str
-    build: Callable[[ViT, Readout | None], PatchMethod]
+    build: Callable[..., PatchMethod]
     options: Mapping[str, object]
     whole: str = "all blocks and heads"
     every_class: bool = True
