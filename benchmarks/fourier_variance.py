@@ -3,15 +3,15 @@
     python benchmarks/fourier_variance.py --weights FILE --images FOLDER --output FOLDER
 
 counts the blocks whose attention lowers, and whose MLP raises, high-frequency amplitude and
-variance; tells how much of the variance one channel carries; and compares the time with that of
-the bare model.
+variance; tells how much of the variance one channel carries, and how large its activations are;
+and compares the time of both measurements with that of the bare model.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from time import perf_counter
+from typing import Any
 
 import click
 import numpy as np
@@ -19,11 +19,13 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from timing import environment, interleaved
 from torch import Tensor
+from torchmetrics import Metric
 
 from captum_classemb.dynamics.depth import DepthMetrics, obedience
 from captum_classemb.dynamics.fourier import FourierAmplitude
-from captum_classemb.dynamics.variance import FeatureMapVariance
+from captum_classemb.dynamics.variance import FeatureMapVariance, channel_variance
 
 
 def read(files: list[Path], size: int) -> Tensor:
@@ -33,6 +35,53 @@ def read(files: list[Path], size: int) -> Tensor:
         for f in files
     ]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class WithoutLargest(FeatureMapVariance):
+    """The variance, each image's channel of the largest variance left out."""
+
+    def update(self, maps: Tensor) -> None:
+        kept = channel_variance(maps).argsort(1)[:, :-1]
+        super().update(maps.gather(1, kept[..., None, None].expand(-1, -1, *maps.shape[2:])))
+
+
+class Massive(Metric):
+    """Activations beyond 100: in how many cells of an image, and how large the largest is."""
+
+    full_state_update = False
+    cells: Tensor
+    images: Tensor
+    largest: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("cells", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("largest", torch.zeros(()), dist_reduce_fx="max")
+
+    def update(self, maps: Tensor) -> None:
+        size = maps.abs().amax(1)
+        self.cells += (size > 100).sum()
+        self.images += len(maps)
+        self.largest = torch.maximum(self.largest, size.max())
+
+    def compute(self) -> Tensor:
+        return torch.stack([self.cells / self.images, self.largest])
+
+
+def throughput(model: torch.nn.Module, images: Tensor, rounds: int = 7) -> float:
+    """Images a second with Fourier and variance taken, over those of the bare model."""
+    depth = DepthMetrics(
+        model, {"fourier": FourierAmplitude, "variance": FeatureMapVariance}, images
+    )
+
+    def bare() -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = model(images)
+        return logits
+
+    calls = {"bare": bare, "measured": lambda: depth.update(images)}
+    return 1 / interleaved(calls, "bare", rounds, images.device)["measured"]["ratio"]
 
 
 @click.command()
@@ -59,27 +108,24 @@ def main(
             "fourier, corrected": lambda: FourierAmplitude("corrected"),
             "variance, paper": lambda: FeatureMapVariance("paper"),
             "variance, corrected": lambda: FeatureMapVariance("corrected"),
+            "without largest": lambda: WithoutLargest("paper"),
+            "massive": Massive,
         },
     )
-    usual = DepthMetrics(model, {"fourier": FourierAmplitude, "variance": FeatureMapVariance})
-    usual.update(read(files[:batch_size], size))
-    times = {"bare": 0.0, "measured": 0.0}
+    ratio = throughput(model, read(files[:batch_size], size))
     for i in range(0, len(files), batch_size):
-        x = read(files[i : i + batch_size], size)
-        if i < 5 * batch_size:
-            start = perf_counter()
-            with torch.no_grad():
-                model(x)
-            middle = perf_counter()
-            usual.update(x)
-            times["bare"] += middle - start
-            times["measured"] += perf_counter() - middle
-        depth.update(x)
-    result: dict[str, object] = {
+        depth.update(read(files[i : i + batch_size], size))
+    massive = depth.compute("massive")
+    result: dict[str, Any] = {
+        "environment": environment(torch.device("cpu")),
         "model": name,
         "images": len(files),
+        "batch_size": batch_size,
         "kinds": [s.kind for s in depth.steps],
-        "throughput_ratio": times["bare"] / times["measured"],
+        "throughput_ratio": ratio,
+        "variance_without_largest_channel": [float(v) for v in depth.compute("without largest")],
+        "cells_beyond_100": [float(m[0]) for m in massive],
+        "largest_activation": [float(m[1]) for m in massive],
     }
     for variant in ("paper", "corrected"):
         lines = depth.compute(f"fourier, {variant}")
@@ -98,7 +144,7 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     (output / f"fourier_variance_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     for variant in ("paper", "corrected"):
-        for key, value in result[variant].items():  # type: ignore[attr-defined]
+        for key, value in result[variant].items():
             if " " in key:
                 click.echo(f"{variant:9}  {key}: {value[0]} of {value[1]} blocks")
     click.echo(f"throughput {result['throughput_ratio']:.2f} × the bare model's")

@@ -31,8 +31,9 @@ __all__ = ["Labelled", "augmented", "measure", "normalise"]
 Labelled = tuple[Tensor, Tensor]
 """Images N×3×H×W in 0..1 and labels N."""
 
-#: Images of each Hessian, Hessians of the final model and of each checkpoint, sides of the plane.
-HESSIAN_BATCH, HESSIANS, PATH_HESSIANS, POINTS = 16, 10, 2, 17
+#: Images of each Hessian, Hessians of the final model and of each checkpoint looked at, of which
+#: there are at most eight, points a side of the plane.
+HESSIAN_BATCH, HESSIANS, PATH_HESSIANS, POINTS = 16, 6, 1, 13
 SHIFT = 3
 
 
@@ -175,7 +176,8 @@ def _trajectory(
     path = polar_trajectory([lambda f=f: load_file(f) for f in files])
     last = {name: w.clone() for name, w in model.state_dict().items()}
     accuracy, largest, negative = [], [], []
-    for file in files:
+    seen = range(0, len(files), -(-len(files) // 8))
+    for file in (files[i] for i in seen):
         model.load_state_dict(load_file(file))
         accuracy.append(_quality(model, test).accuracy)
         batches = islice(_batches(data, device, HESSIAN_BATCH), PATH_HESSIANS)
@@ -184,6 +186,6 @@ def _trajectory(
         negative.append(found.negative)
     model.load_state_dict(last)
     return {
-        "radius": path.radius, "angle": path.angle, "accuracy": accuracy,
+        "radius": path.radius, "angle": path.angle, "seen": list(seen), "accuracy": accuracy,
         "largest_eigenvalue": largest, "negative": negative,
     }  # fmt: skip

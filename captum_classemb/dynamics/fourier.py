@@ -204,11 +204,13 @@ class FourierAmplitude(Metric):
                 f"Feature maps of {h}×{w} were given after maps of {self._grid()}: one size of "
                 "image is needed."
             )
-        self.grid = torch.tensor([h, w], device=self.grid.device)
-        # Sums over many images are kept in double precision, means over a batch are not.
         spectrum = check_finite(log_amplitude(maps))
-        self.spectrum = self.spectrum + spectrum.double() * maps.shape[0]
-        self.images = self.images + maps.shape[0]
+        if self.spectrum.shape != spectrum.shape:
+            self.grid = torch.tensor([h, w], device=self.grid.device)
+            self.spectrum = torch.zeros_like(spectrum, dtype=torch.float64)
+        # Sums over many images are kept in double precision, means over a batch are not.
+        self.spectrum.add_(spectrum, alpha=maps.shape[0])
+        self.images.add_(maps.shape[0])
 
     def compute(self) -> Tensor:
         """Δ log amplitude, one value per frequency."""

@@ -88,9 +88,9 @@ class FeatureMapVariance(Metric):
         mean, varying = _moments(x)
         paper = self.variant == "paper"
         value = _unbiased(varying, x).mean(-1) if paper else _share(mean, varying)
-        self.total = self.total + check_finite(value.double().sum())
-        self.largest = self.largest + largest_channel_share(varying).double().sum()
-        self.images = self.images + maps.shape[0]
+        self.total.add_(check_finite(value.double().sum()))
+        self.largest.add_(largest_channel_share(varying).double().sum())
+        self.images.add_(maps.shape[0])
 
     def compute(self) -> Tensor:
         """Mean over images, a scalar."""

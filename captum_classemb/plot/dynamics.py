@@ -19,6 +19,7 @@ __all__ = [
     "fourier_lines",
     "frequency_noise_lines",
     "lesion_bars",
+    "step_pattern",
     "similarity_matrix",
 ]
 
@@ -181,7 +182,8 @@ def similarity_matrix(
     bar.outline.set_visible(False)
 
 
-_LESIONS = {
+#: Colours of kinds of steps where they are bars or boxes.
+_SOLID = {
     "attention": "#7a6fb0", "mlp": "#e0a13a", "convolution": "#3b8e78", "block": "#8a8a8a",
     "pooling": "#5aa5bd",
 }  # fmt: skip
@@ -212,7 +214,7 @@ def lesion_bars(
         x = np.array([blocks[j] + 1 for j in chosen]) + (i - (len(sorts) - 1) / 2) * width
         axis.bar(
             x, [100 * accuracies[j] for j in chosen], width * 0.92, label=_NAMES.get(sort, sort),
-            color=_LESIONS.get(sort, "#8a8a8a"),
+            color=_SOLID.get(sort, "#8a8a8a"),
         )  # fmt: skip
     axis.axhline(100 * whole, color="#222222", linewidth=1, linestyle=(0, (4, 3)))
     axis.set_xticks(sorted({b + 1 for b in blocks}))
@@ -224,4 +226,35 @@ def lesion_bars(
     axis.legend(
         fontsize=8, frameon=False, ncols=len(sorts), loc="lower center",
         bbox_to_anchor=(0.5, 1.0 if not title else 1.08),
+    )  # fmt: skip
+
+
+def step_pattern(axis: Axes, kinds: Mapping[str, Sequence[str]]) -> None:
+    """What a model does step by step: one row of boxes for each model (Figure 3).
+
+    Args:
+        axis: where to draw.
+        kinds: the kind of each step, by model; the embedding is left out.
+    """
+    shown: list[str] = []
+    for row, steps in enumerate(kinds.values()):
+        inside = [kind for kind in steps if kind != "embedding"]
+        shown += inside
+        for place, kind in enumerate(inside):
+            axis.barh(-row, 0.82, left=place + 0.09, height=0.56, color=_SOLID.get(kind, "#8a8a8a"))
+    deepest = max(len(steps) for steps in kinds.values())
+    axis.set_xlim(0, deepest - 1)
+    axis.set_ylim(0.5 - len(kinds), 0.6)
+    axis.set_yticks([-row for row in range(len(kinds))], labels=list(kinds))
+    axis.set_xticks([])
+    axis.set_xlabel("from the first step to the last")
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    boxes = [
+        Patch(facecolor=_SOLID.get(kind, "#8a8a8a"), label=_NAMES.get(kind, kind))
+        for kind in dict.fromkeys(shown)
+    ]
+    axis.legend(
+        handles=boxes, fontsize=8, frameon=False, ncols=len(boxes), loc="lower center",
+        bbox_to_anchor=(0.5, 1.0), handlelength=1.2,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from mpl_toolkits.mplot3d import Axes3D
 from captum_classemb.plot.dynamics import _MARKERS, _MODELS, _tidy
 
 __all__ = [
+    "by_epoch",
     "eigenvalue_density",
     "landscape_contour",
     "landscape_surface",
@@ -29,6 +30,7 @@ def eigenvalue_density(
     densities: Mapping[str, Floats],
     eigenvalues: Mapping[str, Floats],
     title: str = "",
+    first_colour: int = 0,
 ) -> None:
     """Density of Hessian eigenvalues over batches, zero and each eigenvalue marked (Figure 1c).
 
@@ -38,10 +40,11 @@ def eigenvalue_density(
         densities: by model.
         eigenvalues: by model; they are marked under the curves, for the density is smoothed.
         title: of the axis.
+        first_colour: number of the first model's colour, for models side by side.
     """
     top = max(float(np.max(density)) for density in densities.values())
     for i, (name, density) in enumerate(densities.items()):
-        colour = _MODELS[i % len(_MODELS)]
+        colour = _MODELS[(first_colour + i) % len(_MODELS)]
         values = np.asarray(eigenvalues[name]).ravel()
         label = f"{name} ({100 * np.mean(values < 0):.0f} % negative)"
         axis.plot(points, density, color=colour, linewidth=1.8, label=label)
@@ -171,3 +174,34 @@ def robustness_lines(axis: Axes, values: Mapping[str, Floats], label: str, title
     axis.set_title(title, fontsize=10)
     _tidy(axis)
     axis.legend(fontsize=9, frameon=False)
+
+
+def by_epoch(
+    axis: Axes,
+    lines: Mapping[str, tuple[Floats, Floats]],
+    label: str,
+    title: str = "",
+    log: bool = False,
+) -> None:
+    """A measure of the checkpoints of each model's training.
+
+    Args:
+        axis: where to draw.
+        lines: epochs and values, by model.
+        label: of the measure.
+        title: of the axis.
+        log: draw the values on a logarithmic axis.
+    """
+    for i, (name, (epochs, values)) in enumerate(lines.items()):
+        axis.plot(
+            epochs, values, color=_MODELS[i % len(_MODELS)], marker=_MARKERS[i % 5],
+            markersize=4.5, linewidth=1.6, label=name, markeredgecolor="white",
+            markeredgewidth=0.5,
+        )  # fmt: skip
+    axis.set_xlabel("epoch")
+    axis.set_ylabel(label)
+    axis.set_title(title, fontsize=10)
+    if log:
+        axis.set_yscale("log")
+    _tidy(axis)
+    axis.legend(fontsize=8, frameon=False)
