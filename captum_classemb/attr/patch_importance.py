@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from captum_classemb.attr._heads import head_count, stack_heads
 from captum_classemb.attr._inputs import images
 from captum_classemb.attr.gradient import sum_outputs
 from captum_classemb.functional.importance import normalised, positive_evidence
-from captum_classemb.functional.objectives import Objective, logit_gradient
+from captum_classemb.functional.objectives import Objective, logit_gradient, paper_weights
 from captum_classemb.functional.precision import wide
 from captum_classemb.readout import Readout
 from captum_classemb.vit import ALL, Recording, record
@@ -26,8 +26,8 @@ from captum_classemb.vit.stream import (
 
 __all__ = ["PatchImportance"]
 
-_CHUNK = 64
-"""Classes whose maps are made at once; more need more memory and are no faster."""
+_ROWS = 512
+"""Rows that are carried back at once: enough for fast products, few enough for memory."""
 
 
 class PatchImportance(PatchAttribution):
@@ -73,9 +73,8 @@ class PatchImportance(PatchAttribution):
         index = self._targets(target, pixels)
         # Derivatives along a few rows are taken by autograd, also inside inference_mode.
         with torch.inference_mode(False), torch.no_grad():
-            recording = self._record(pixels, args)
-            local, stream = self._local(recording, index), self._stream(recording, index)
-        return self._to_grid(normalised(local, (1, 2, 3)) + normalised(stream, (1, 2, 3)), pixels)
+            both = self._both(self._record(pixels, args), index)
+        return self._to_grid(both, pixels)
 
     def _along_rows(self) -> bool:
         return runs_alone(self.vit, self.readout.reads)
@@ -87,11 +86,27 @@ class PatchImportance(PatchAttribution):
         sites = {"values": ALL, "attention": reads, "attn_tail": reads, "resid_post": reads}
         return record(self.vit, pixels, sites, forward_args=args)
 
-    def _local(self, recording: Recording, target: Tensor) -> Tensor:
-        """Evidence at each block's own readout: B×L×H×N."""
+    def _both(self, recording: Recording, target: Tensor) -> Tensor:
+        """The two estimates, each divided by its sum, added: B×L×H×N."""
+        local, stream = [], []
         deltas = self._local_derivatives(recording, target)
-        entries = [self._evidence(recording, block, delta) for block, delta in enumerate(deltas)]
-        return torch.stack(entries, 1)
+        depth, along = len(deltas), self._along_rows()
+        final = recording["resid_post"][-1]
+        cotangent = _pull(self.readout.at(depth - 1, "resid_post"), final, target, "cross_entropy")
+        for block in reversed(range(depth)):
+            if along:
+                derivative = block_derivative(self.vit, recording, block, self.readout.reads)
+                weights = derivative.weights
+                cotangent, directions = derivative.pull(cotangent)
+            else:
+                weights = recording["attention"][block]
+                directions = _directions(recording, block, cotangent)
+            values = recording["values"][block]
+            here = _directions(recording, block, deltas[block])
+            local.append(stack_heads(map(_evidence, weights, here, values)))
+            stream.append(stack_heads(map(_evidence, weights, directions, values)))
+        local_, stream_ = (torch.stack(parts[::-1], 1) for parts in (local, stream))
+        return normalised(local_, (1, 2, 3)) + normalised(stream_, (1, 2, 3))
 
     def _local_derivatives(self, recording: Recording, target: Tensor) -> Sequence[Tensor]:
         """∂score/∂attn_out of each block: B×Q×D."""
@@ -104,48 +119,8 @@ class PatchImportance(PatchAttribution):
         stacked = torch.cat(outputs)
         return _pull(readouts[0], stacked, target.repeat(len(outputs)), "paper").chunk(len(outputs))
 
-    def _evidence(self, recording: Recording, block: int, delta: Tensor) -> Tensor:
-        """Evidence along a derivative with respect to ``attn_out`` at the rows: B×H×N."""
-        parts = zip(
-            recording["attn_tail"][block],
-            self._weights(recording, block),
-            recording["values"][block],
-            strict=True,
-        )
-        return stack_heads(
-            positive_evidence(weights, _split(tail.pull(delta), v.shape[1]) @ _transposed(v))
-            for tail, weights, v in parts
-        )
-
-    def _weights(self, recording: Recording, block: int) -> list[Tensor]:
-        """Attention at the rows, B×H×Q×N; along a stream it comes with the block's derivative."""
-        if not self._along_rows():
-            recorded: list[Tensor] = recording["attention"][block]
-            return recorded
-        return self._derivative(recording, block).weights
-
-    def _derivative(self, recording: Recording, block: int) -> BlockDerivative:
-        known = recording.sites.setdefault("derivative", [None] * len(self.vit.blocks))
-        if known[block] is None:
-            known[block] = block_derivative(self.vit, recording, block, self.readout.reads)
-        derivative: BlockDerivative = known[block]
-        return derivative
-
-    def _stream(self, recording: Recording, target: Tensor) -> Tensor:
-        """Evidence along the derivative of log p at the rows: B×L×H×N."""
-        depth = len(self.vit.blocks)
-        final = recording["resid_post"][-1]
-        cotangent = _pull(self.readout.at(depth - 1, "resid_post"), final, target, "cross_entropy")
-        if not self._along_rows():
-            return torch.stack([self._evidence(recording, b, cotangent) for b in range(depth)], 1)
-        entries = []
-        for block in reversed(range(depth)):
-            derivative = self._derivative(recording, block)
-            cotangent, gradients = derivative.pull(cotangent)
-            entries.append(stack_heads(map(positive_evidence, derivative.weights, gradients)))
-        return torch.stack(entries[::-1], 1)
-
-    # -- Many classes: the forward pass, attention and the rows' graph are shared.
+    # -- Many classes share the forward pass. What a block does to a cotangent is linear, so where
+    # there are more classes than dimensions it is followed back for the dimensions alone.
 
     def attribute_classes(
         self, inputs: Tensor | tuple[Tensor, ...], classes: Sequence[int] | None = None
@@ -154,41 +129,118 @@ class PatchImportance(PatchAttribution):
         index = self._classes(classes, pixels)
         if index is None:
             index = torch.arange(self.readout.num_classes, device=pixels.device)
-        reads = self.readout.reads
-        one_row = self._along_rows() and reads.stop - reads.start == 1
         with torch.inference_mode(False), torch.no_grad():
             recording = self._record(pixels)
-            if one_row:
-                maps = [self._some_classes(recording, chunk) for chunk in index.split(_CHUNK)]
+            if self._along_rows() and _rows_alike(recording):
+                maps = self._all_classes(recording, index)
             else:
-                maps = [self._one_class(recording, int(c)) for c in index]
-        return self._to_grid(torch.cat(maps, 1), pixels)
+                maps = torch.stack([self._one_class(recording, int(c)) for c in index], 1)
+        return self._to_grid(maps, pixels)
 
     def _one_class(self, recording: Recording, c: int) -> Tensor:
         target = torch.full((len(recording.logits),), c, device=recording.logits.device)
-        local, stream = self._local(recording, target), self._stream(recording, target)
-        both = normalised(local, (1, 2, 3)) + normalised(stream, (1, 2, 3))
-        return both.sum((1, 2))[:, None]
+        return self._both(recording, target).sum((1, 2))
 
-    def _some_classes(self, recording: Recording, classes: Tensor) -> Tensor:
-        """B×K×N, where the readout reads one row: the classes take the place of the rows."""
-        depth = len(self.vit.blocks)
-        local, stream = [], []
+    def _all_classes(self, recording: Recording, classes: Tensor) -> Tensor:
+        """B×K×N: matrix products over classes for each block."""
+        depth, rows = len(self.vit.blocks), self.readout.reads
         final = recording["resid_post"][-1]
         last = self.readout.at(depth - 1, "resid_post")
-        # K×B×1×D, as derivatives are batched along the first dimension.
-        cotangent = _pull_classes(last, final, classes, "cross_entropy").transpose(0, 1)[:, :, None]
+        cotangents = _pull_classes(last, final, classes, "cross_entropy")
+        followed = _Followed(cotangents)
+        local, stream = _Evidence(cotangents), _Evidence(cotangents)
         for block in reversed(range(depth)):
-            rows = sum_outputs(recording["attn_tail"][block])
-            delta = _pull_classes(self.readout.at(block, "attn_out"), rows, classes, "paper")
-            derivative = self._derivative(recording, block)
-            cotangent, gradients = derivative.pull(cotangent, batched=True)
-            tails, values = recording["attn_tail"][block], recording["values"][block]
-            for tail, a, v, g in zip(tails, derivative.weights, values, gradients, strict=True):
-                here = _split(tail.pull(delta), v.shape[1]) @ _transposed(v)
-                local.append(positive_evidence(a[:, :, None], here[:, :, :, None]).sum(1))
-                stream.append(positive_evidence(a, g).sum(2).transpose(0, 1))
-        return normalised(_total(local), (2,)) + normalised(_total(stream), (2,))
+            derivative = block_derivative(self.vit, recording, block, rows, followed.at_once)
+            outputs = sum_outputs(recording["attn_tail"][block])
+            readout = self.readout.at(block, "attn_out")
+            deltas = _pull_classes(readout, outputs, classes, "paper")
+            here = _directions(recording, block, deltas.flatten(1, 2))
+            values, weights = recording["values"][block], derivative.weights
+            for module, directions in enumerate(followed.pull(derivative)):
+                local.add(weights[module], here[module], values[module])
+                stream.add(weights[module], directions, values[module])
+        return normalised(local.total(), (2,)) + normalised(stream.total(), (2,))
+
+
+class _Followed:
+    """Cotangents of K classes on their way back: themselves, or a basis of all cotangents.
+
+    Args:
+        cotangents: of the rows, B×K×Q×D.
+    """
+
+    def __init__(self, cotangents: Tensor) -> None:
+        batch, count, rows, width = cotangents.shape
+        self.shares: Tensor | None = None
+        if count > rows * width:
+            self.shares = cotangents.flatten(2)
+            basis = torch.eye(rows * width, dtype=cotangents.dtype, device=cotangents.device)
+            cotangents = basis.view(1, -1, rows, width).expand(batch, -1, -1, -1)
+        count = cotangents.shape[1]
+        #: How many of an image are carried back at once.
+        self.at_once = min(count, max(1, _ROWS // (batch * rows)))
+        missing = -count % self.at_once
+        padded = torch.cat([cotangents, cotangents[:, :missing]], 1)
+        self.count, self.rows = count, rows
+        self.chunks = [chunk.flatten(0, 1) for chunk in padded.split(self.at_once, 1)]
+
+    def pull(self, derivative: BlockDerivative) -> list[Tensor]:
+        """One block further back; the cotangents of A·V of each module, B×H×(K·Q)×d."""
+        found = [derivative.pull(chunk) for chunk in self.chunks]
+        self.chunks = [entering for entering, _ in found]
+        modules = zip(*(mixed for _, mixed in found), strict=True)
+        return [self._of_classes(torch.cat(parts, 2)) for parts in modules]
+
+    def _of_classes(self, mixed: Tensor) -> Tensor:
+        mixed = mixed[:, :, : self.count * self.rows]
+        if self.shares is None:
+            return mixed
+        by_basis = mixed.unflatten(2, (self.count, self.rows)).flatten(3)
+        return (self.shares[:, None] @ by_basis).unflatten(3, (self.rows, -1)).flatten(2, 3)
+
+
+class _Evidence:
+    """Positive evidence of K classes, summed over blocks and heads.
+
+    Args:
+        like: a tensor that begins B×K.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.count = like.shape[1]
+        self._total: Tensor | None = None
+        self._buffer: Tensor | None = None
+
+    def add(self, weights: Tensor, directions: Tensor, values: Tensor) -> None:
+        """relu(Σ_q A[q, j] · z[q]·v_j) of one module.
+
+        Args:
+            weights: A, B×H×Q×N.
+            directions: z, the cotangents of A·V, B×H×(K·Q)×d.
+            values: v, B×H×N×d.
+        """
+        # A·v once for all classes, instead of A times their K×N products.
+        weighted = weights.transpose(-2, -1)[..., None] * wide(values)[:, :, :, None]
+        weighted = weighted.flatten(3).transpose(-2, -1)
+        by_class = directions.unflatten(2, (self.count, -1)).flatten(3)
+        for head in range(weights.shape[1]):
+            # The same memory for every head: fresh pages would cost more than the product.
+            pair = (by_class[:, head], weighted[:, head])
+            self._buffer = torch.bmm(*pair, out=self._buffer).relu_()
+            if self._total is None:
+                self._total = torch.zeros_like(self._buffer)
+            self._total += self._buffer
+
+    def total(self) -> Tensor:
+        """B×K×N."""
+        assert self._total is not None
+        return self._total
+
+
+def _rows_alike(recording: Recording) -> bool:
+    """Whether one row is read, or all rows take the same way from A·V."""
+    tails = [tail for block in recording["attn_tail"] for tail in block]
+    return all(tail.uniform or tail.output.shape[1] == 1 for tail in tails)
 
 
 def _pull(readout: Readout, rows: Tensor, target: Tensor, objective: Objective) -> Tensor:
@@ -198,27 +250,29 @@ def _pull(readout: Readout, rows: Tensor, target: Tensor, objective: Objective) 
     return pulled
 
 
-def _pull_classes(readout: Readout, rows: Tensor, classes: Tensor, objective: Objective) -> Tensor:
-    """The same for K classes and one row: B×K×D."""
-    count = len(classes)
-    logits = readout(rows).repeat_interleave(count, 0)
-    g = logit_gradient(logits, classes.repeat(len(rows)), objective)
-    pulled: Tensor = readout.pull(rows.repeat_interleave(count, 0), g)[:, 0]
-    return pulled.view(-1, count, pulled.shape[-1])
+def _pull_classes(
+    readout: Readout,
+    rows: Tensor,
+    classes: Tensor,
+    objective: Literal["paper", "cross_entropy"],
+) -> Tensor:
+    """The same for K classes: B×K×Q×D, from ∂logit_c, p and r alone."""
+    p, r = paper_weights(readout(rows))
+    cotangents = readout.pull_each(rows, classes) - readout.pull(rows, p)[:, None]
+    if objective == "cross_entropy":
+        return cotangents
+    return cotangents * p[:, classes, None, None] - readout.pull(rows, r)[:, None]
 
 
-def _split(directions: Tensor, heads: int) -> Tensor:
-    """B×Q×(H·d) to B×H×Q×d."""
-    by_head: Tensor = directions.unflatten(-1, (heads, -1))
-    return by_head.transpose(1, 2)
+def _directions(recording: Recording, block: int, delta: Tensor) -> list[Tensor]:
+    """Cotangents of A·V in each module, B×H×Q×d, from that of what they add to the rows."""
+    pairs = zip(recording["attn_tail"][block], recording["values"][block], strict=True)
+    return [
+        tail.pull(delta).unflatten(-1, (values.shape[1], -1)).transpose(1, 2)
+        for tail, values in pairs
+    ]
 
 
-def _transposed(values: Tensor) -> Tensor:
-    return wide(values).transpose(-2, -1)
-
-
-def _total(parts: Sequence[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+def _evidence(weights: Tensor, directions: Tensor, values: Tensor) -> Tensor:
+    """B×H×N along the cotangents of A·V."""
+    return positive_evidence(weights, directions @ wide(values).transpose(-2, -1))

@@ -66,6 +66,15 @@ class Readout(nn.Module, ABC):
             (gradient,) = torch.autograd.grad((self(leaf) * logit_gradient).sum(), leaf)
         return gradient
 
+    def pull_each(self, rows: Tensor, classes: Tensor) -> Tensor:
+        """∂logit_c/∂rows for each of K classes: B×K×Q×D."""
+        count = len(classes)
+        repeated = rows.repeat_interleave(count, 0)
+        one_hot = torch.zeros(count, self.num_classes, dtype=rows.dtype, device=rows.device)
+        one_hot.scatter_(1, classes[:, None], 1.0)
+        pulled = self.pull(repeated, one_hot.repeat(len(rows), 1))
+        return pulled.unflatten(0, (len(rows), count))
+
     def hold(self, rows: Tensor) -> HeldReadout:
         """The affine map that remains when every σ keeps the value it has at ``rows``.
 

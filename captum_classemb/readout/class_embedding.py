@@ -156,6 +156,19 @@ class ClassEmbedding(Readout):
     def pull(self, rows: Tensor, logit_gradient: Tensor) -> Tensor:
         return HeldClassEmbedding(self, rows, hold=False).pull(logit_gradient)
 
+    def pull_each(self, rows: Tensor, classes: Tensor) -> Tensor:
+        rows = wide(rows)
+        cotangents = rows.new_zeros(len(rows), len(classes), *rows.shape[1:])
+        for part in self.parts:
+            c = part.head.weight[classes][None, :, None] * part.share
+            if self.pooled_norm is not None:
+                c = self.pooled_norm.pull(self._pooled(rows, part)[:, None], c)
+            index = self._rows(part)
+            cotangents[:, :, index] += c / rows[:, index].shape[1]
+        if self.token_norm is not None:
+            cotangents = self.token_norm.pull(rows[:, None], cotangents)
+        return cotangents
+
     def hold(self, rows: Tensor) -> HeldClassEmbedding:
         return HeldClassEmbedding(self, rows, hold=True)
 

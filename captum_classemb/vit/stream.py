@@ -83,9 +83,12 @@ class BlockDerivative:
         values: values of all tokens of each attention module, B×H×N×d.
         biases: what each module adds to the dot products of the rows, or None.
         rows: the rows, as a slice of all tokens.
+        copies: m, how many cotangents of an image are carried back at once. The rows are run m
+            times side by side, each copy by itself, so that matrix products carry all of them.
 
     Attributes:
         output: ``resid_post`` at the rows, B×Q×D, detached.
+        weights: the attention of the rows in each module, B×H×Q×N, detached.
     """
 
     def __init__(
@@ -96,12 +99,15 @@ class BlockDerivative:
         values: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         rows: slice,
+        copies: int = 1,
     ) -> None:
-        self._weights: list[Tensor] = []
+        self.copies = copies
+        self.weights: list[Tensor] = []
+        self._mixed: list[Tensor] = []
         with torch.enable_grad():
-            self._leaf = entering.detach().requires_grad_(True)
+            self._leaf = entering.detach().repeat_interleave(copies, 0).requires_grad_(True)
             self._output = self._run(block, list(zip(keys, values, biases, strict=True)), rows)
-        self.output = self._output.detach()
+        self.output = self._output.detach()[::copies]
 
     def _run(
         self, block: Block, recorded: list[tuple[Tensor, Tensor, Tensor | None]], rows: slice
@@ -146,50 +152,64 @@ class BlockDerivative:
         The rows' own keys and values are among the recorded ones already; only their derivative
         is added, by a difference that is zero. Nothing the size of all keys is copied.
         """
-        width = keys.shape[2]
+        width, count = keys.shape[2], rows.stop - rows.start
         query = wide(attention.queries(call, ALL))
         own_key, own_value = wide(attention.keys(call)), wide(attention.values(call))
         key, value = wide(keys), wide(values)
         moved = query.detach() @ (own_key - own_key.detach()).transpose(-2, -1)
-        scores = query @ key.transpose(-2, -1) + F.pad(moved, (rows.start, width - rows.stop))
+        scores = self._together(query) @ key.transpose(-2, -1)
+        scores = scores + F.pad(self._together(moved), (rows.start, width - rows.stop))
         scores = scores * attention.scale()
-        weights = (scores if bias is None else scores + bias.to(scores.dtype)).softmax(-1)
-        held = weights[..., rows].detach()
-        mixed = weights @ value + held @ (own_value - own_value.detach())
-        self._weights.append(weights)
-        x = mixed.transpose(1, 2).flatten(2)
+        if bias is not None:
+            bias = bias.to(scores.dtype)
+            several = bias.dim() > 1 and bias.shape[-2] > 1
+            scores = scores + (bias.tile(self.copies, 1) if several else bias)
+        weights = scores.softmax(-1)
+        self.weights.append(weights.detach()[:, :, :count])
+        held = self._apart(weights.detach()[..., rows], count)
+        moved_value = held @ (own_value - own_value.detach())
+        mixed = weights @ value + self._together(moved_value)
+        self._mixed.append(mixed)
+        x = self._apart(mixed, count).transpose(1, 2).flatten(2)
         for step in attention.inner(call, ALL):
             x = step(x)
         projected: Tensor = attention.proj.module(x.to(values.dtype))
         return projected
 
-    @property
-    def weights(self) -> list[Tensor]:
-        """The attention of the rows in each module, B×H×Q×N."""
-        return [weights.detach() for weights in self._weights]
+    def _together(self, heads: Tensor) -> Tensor:
+        """(B·m)×H×Q×· to B×H×(m·Q)×·: what shares the keys and values of one image."""
+        if self.copies == 1:
+            return heads
+        return heads.unflatten(0, (-1, self.copies)).transpose(1, 2).flatten(2, 3)
 
-    def pull(self, cotangent: Tensor, batched: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """Carry a cotangent of the block's output back.
+    def _apart(self, heads: Tensor, count: int) -> Tensor:
+        """B×H×(m·Q)×· to (B·m)×H×Q×·."""
+        if self.copies == 1:
+            return heads
+        return heads.unflatten(2, (self.copies, count)).transpose(1, 2).flatten(0, 1)
+
+    def pull(self, cotangent: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Carry cotangents of the block's output back.
 
         Args:
-            cotangent: B×Q×D, or K×B×Q×D if ``batched``.
-            batched: whether the first dimension counts cotangents.
+            cotangent: (B·m)×Q×D, the copies of an image one after another.
 
         Returns:
             the cotangent of the block's input, of the same shape, and for each attention module
-            that of its weights A, (K×)B×H×Q×N.
+            that of A·V, B×H×(m·Q)×d; its product with the values is that of A.
         """
-        entering, *weights = torch.autograd.grad(
+        entering, *mixed = torch.autograd.grad(
             self._output,
-            [self._leaf, *self._weights],
+            [self._leaf, *self._mixed],
             cotangent.to(self._output.dtype),
             retain_graph=True,
-            is_grads_batched=batched,
         )
-        return entering, weights
+        return entering, mixed
 
 
-def block_derivative(vit: ViT, recording: Recording, index: int, rows: slice) -> BlockDerivative:
+def block_derivative(
+    vit: ViT, recording: Recording, index: int, rows: slice, copies: int = 1
+) -> BlockDerivative:
     """The derivative of one recorded block along the rows.
 
     Raises:
@@ -203,6 +223,7 @@ def block_derivative(vit: ViT, recording: Recording, index: int, rows: slice) ->
         recording["values"][index],
         recording["bias"][index],
         rows,
+        copies,
     )
     recorded = recording["resid_post"][index]
     difference = (derivative.output - recorded).abs().max()

@@ -259,3 +259,27 @@ def test_a_block_that_is_more_than_its_rows_is_refused() -> None:
         block_derivative(vit, recording, 1, slice(0, 1))
     for module in vit.modules():
         assert not module._forward_hooks
+
+
+def _wide(**options: Any) -> nn.Module:
+    model: nn.Module = timm.models.VisionTransformer(**SMALL | {"num_classes": 60}, **options)
+    return model
+
+
+@pytest.mark.parametrize("rows", [7, 512])
+@pytest.mark.parametrize(
+    "make",
+    [_wide, lambda: VisionTransformerDistilled(**SMALL | {"num_classes": 60})],
+    ids=["one row", "two rows"],
+)
+def test_more_classes_than_dimensions_follow_a_basis(
+    make: Callable[[], nn.Module], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("captum_classemb.attr.patch_importance._ROWS", rows)
+    vit = build(make)
+    images, _ = batch(vit)
+    importance = PatchImportance(vit)
+    together = importance.attribute_classes(images)
+    for c in (0, 31, 59):
+        alone = importance.attribute_patches(images, c).sum((1, 2))
+        assert torch.allclose(together[:, c], alone, rtol=1e-9, atol=1e-12)
