@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
+
 from captum_classemb.attr import (
     ClassEmbeddingGradient,
     ClassEmbeddingProjection,
@@ -15,6 +17,25 @@ from captum_classemb.attr import (
     baselines,
 )
 from captum_classemb.attr.patch_importance import PatchImportance
+from captum_classemb.readout import LinearProbe, ProbeHeads
+from captum_classemb.vit import adapt
+
+
+def probe_importance(model: Any) -> Any:
+    """Probes of every block with weights drawn at random."""
+    vit = adapt(model)
+    classes, width = vit.readout.parts[0].head.weight.shape  # type: ignore[operator, union-attr]
+    generator = torch.Generator().manual_seed(2)
+    heads = {
+        (block, "resid_post"): ProbeHeads(
+            torch.randn(2, classes, width, generator=generator),
+            torch.randn(2, classes, generator=generator),
+        )
+        for block in range(len(vit.blocks))
+    }
+    probe = LinearProbe(vit.readout, heads, vit.prefix_tokens)
+    return baselines.LinearProbeImportance(model, probe)
+
 
 #: Methods that score pixels, made from a model: attributions have the shape of the images.
 PIXEL_METHODS: dict[str, Callable[[Any], Any]] = {
@@ -38,6 +59,7 @@ PIXEL_METHODS: dict[str, Callable[[Any], Any]] = {
     "LeGrad": baselines.LeGrad,
     "AttnLRP": baselines.AttnLRP,
     "token occlusion": baselines.TokenOcclusion,
+    "linear probes": probe_importance,
 }
 
 #: Methods that score the tokens of one module.

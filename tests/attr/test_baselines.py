@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from methods import probe_importance
 from torch import Tensor, nn
 
 from captum_classemb.attr.baselines import (
@@ -18,12 +19,14 @@ from captum_classemb.attr.baselines import (
     AttnLRP,
     CheferRelevance,
     LeGrad,
+    LinearProbeImportance,
     RawAttention,
     TokenOcclusion,
 )
 from captum_classemb.attr.baselines._base import Baseline
-from captum_classemb.errors import UnsupportedModelError
-from captum_classemb.vit import adapt
+from captum_classemb.errors import InputError, UnsupportedModelError
+from captum_classemb.readout import LinearProbe
+from captum_classemb.vit import adapt, record
 from captum_classemb.vit.edit import remove_tokens
 
 ALL = [AttentionRollout, AttnLRP, CheferRelevance, LeGrad, RawAttention, TokenOcclusion]
@@ -205,6 +208,28 @@ def test_captum_manners(method: type[Baseline]) -> None:
     with torch.inference_mode():
         inside = attribution.attribute(images, target)
     assert torch.allclose(inside, maps, rtol=1e-9, atol=1e-12)
+
+
+def test_linear_probes_rank_the_target_after_every_block() -> None:
+    model = build()
+    images, target = batch()
+    importance = probe_importance(model)
+    probe, blocks = importance.readout, range(3)
+    with torch.no_grad():
+        recording = record(adapt(model), images, ["resid_post"])["resid_post"]
+        found = importance.attribute_patches(images, target)
+        for b, c in enumerate(target):
+            for patch in range(16):
+                total = 0.0
+                for block in blocks:
+                    heads = probe.heads[block, "resid_post"]
+                    x = model.norm(recording[block][b, 1 + patch])  # type: ignore[operator]
+                    logits = heads.weight[1].double() @ x + heads.bias[1]
+                    total += 1 - (sum(float(z) > float(logits[c]) for z in logits)) / 5
+                assert found[b, 0].flatten()[patch].item() == pytest.approx(total)
+    attention = {(0, "attn_out"): probe.heads[0, "resid_post"]}
+    with pytest.raises(InputError, match="no output of a block"):
+        LinearProbeImportance(model, LinearProbe(adapt(model).readout, attention, 1))
 
 
 @pytest.mark.parametrize("method", [AttentionRollout, CheferRelevance, RawAttention])

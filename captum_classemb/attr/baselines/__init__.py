@@ -4,6 +4,7 @@ from captum_classemb.attr.baselines.attention import AttentionRollout, RawAttent
 from captum_classemb.attr.baselines.attnlrp import AttnLRP
 from captum_classemb.attr.baselines.chefer import CheferRelevance
 from captum_classemb.attr.baselines.legrad import LeGrad
+from captum_classemb.attr.baselines.linear_probe import LinearProbeImportance
 from captum_classemb.attr.baselines.occlusion import TokenOcclusion
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "AttnLRP",
     "CheferRelevance",
     "LeGrad",
+    "LinearProbeImportance",
     "RawAttention",
     "TokenOcclusion",
 ]
