@@ -261,7 +261,7 @@ class TrajectoryStudy(LossStudy):
         return rows
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
-        from captum_classemb.plot.landscapes import polar_path
+        from captum_classemb.plot.landscapes import by_epoch, polar_path
 
         def column(name: str) -> np.ndarray[Any, Any]:
             rows = tables["trajectory"]
@@ -269,4 +269,9 @@ class TrajectoryStudy(LossStudy):
 
         figure, axis = one_axis((4.6, 4.4), "polar")
         polar_path(axis, {self.subject.name: (column("radius"), column("angle"))})
-        return {"trajectory": figure}
+        curvature, beside = one_axis()
+        largest = column("largest_eigenvalue")
+        lines = {self.subject.name: (np.arange(len(largest)), largest)}
+        by_epoch(beside, lines, "largest eigenvalue of the loss Hessian")
+        beside.set_xlabel("checkpoint")
+        return {"trajectory": figure, "trajectory-hessian": curvature}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
@@ -174,3 +177,9 @@ def test_sizes_are_checked() -> None:
         AlterNet(img_size=32, window_size=5)
     with pytest.raises(InputError, match="multiple of that, not 18×18"):
         small()(torch.randn(1, 3, 36, 36))
+
+
+def test_importing_the_models_makes_timm_know_them() -> None:
+    code = "import timm, captum_classemb.models; print(timm.is_model('alternet_50'))"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.stdout.strip() == "True", process.stderr

@@ -94,3 +94,25 @@ def test_robustness_is_the_mean_over_corruptions() -> None:
     a = axis()
     landscapes.robustness_lines(a, {"m": np.array([[1.0, 2.0], [3.0, 6.0]])}, "x")
     np.testing.assert_allclose(a.lines[0].get_ydata(), [2, 4])
+
+
+def test_measures_of_a_training_stand_at_their_epochs() -> None:
+    a = axis()
+    lines = {"m": (np.array([0, 2, 4]), np.array([3.0, 2.0, 1.0]))}
+    landscapes.by_epoch(a, lines, "x", log=True)
+    np.testing.assert_allclose(a.lines[0].get_xdata(), [0, 2, 4])
+    np.testing.assert_allclose(a.lines[0].get_ydata(), [3, 2, 1])
+    assert a.get_yscale() == "log"
+
+
+def test_a_pattern_has_a_box_for_each_step_but_the_embedding() -> None:
+    a = axis()
+    kinds = {"one": ["embedding", "attention", "mlp"], "two": ["embedding", "convolution"]}
+    dynamics.step_pattern(a, kinds)
+    assert [t.get_text() for t in a.get_yticklabels()] == ["one", "two"]
+    boxes = [(p.get_x(), p.get_y() + p.get_height() / 2) for p in a.patches]
+    assert [round(y) for _, y in boxes] == [0, 0, -1]
+    assert boxes[1][0] - boxes[0][0] == pytest.approx(1)
+    assert len({p.get_facecolor() for p in a.patches}) == 3
+    names = [t.get_text() for t in a.get_legend().get_texts()]
+    assert names == ["attention", "MLP", "convolution"]

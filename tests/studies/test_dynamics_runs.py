@@ -21,7 +21,8 @@ from captum_classemb.cli import cli
 from captum_classemb.data import PairedTransform, data_config, open_dataset
 from captum_classemb.dynamics.robustness import Robustness
 from captum_classemb.models import demo_vit
-from captum_classemb.studies import Row, RunOptions, Study, read_rows, run_study, select
+from captum_classemb.studies import Row, RunOptions, Study, Subject, read_rows, run_study, select
+from captum_classemb.studies.dynamics_study import OtherModel
 
 QUIET = RunOptions(batch_size=4, checkpoint_every=4, progress=False)
 
@@ -55,13 +56,13 @@ def test_models_that_are_no_plain_vit(
     model: str, steps: dict[str, int], pictures: Path, tmp_path: Path
 ) -> None:
     words = ("--model", model, "--random-init")
-    rows = study("variance", pictures, tmp_path / "out", *words)
-    values = select(rows, metric="variance")
+    rows = study("fourier", pictures, tmp_path / "out", *words)
+    values = select(rows, metric="delta_log_amplitude@0.0000")
     kinds = [row.site for row in values]
     assert kinds[0] == "embedding"
     assert {kind: kinds.count(kind) for kind in kinds[1:]} == steps
     assert {row.n for row in values} == {2}
-    assert (tmp_path / "out" / "variance.png").is_file()
+    assert (tmp_path / "out" / "fourier.png").is_file()
 
 
 def test_cifar_c_is_measured_corruption_by_corruption(tmp_path: Path) -> None:
@@ -112,6 +113,17 @@ def test_two_models_under_noise(pictures: Path, tmp_path: Path) -> None:
     first, second = (select(rows, model=name) for name in ("demo_vit", "demo_vit (other)"))
     assert len(first) == 3
     assert [row.value for row in first] == [row.value for row in second]
+
+
+def test_another_model_gets_the_pixels_that_the_first_one_sees() -> None:
+    first = torch.nn.Conv2d(3, 1, 1)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    first.pretrained_cfg = {"input_size": (3, 64, 64), "mean": mean, "std": std}
+    other = OtherModel(Subject(first, "first"), "demo_vit")
+    pixels = torch.rand(2, 3, 64, 64)
+    seen = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    with torch.no_grad():
+        torch.testing.assert_close(other(seen), demo_vit()(2 * pixels - 1), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["cka", "frequency-noise"])
