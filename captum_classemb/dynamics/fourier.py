@@ -60,7 +60,7 @@ def log_amplitude(maps: Tensor) -> Tensor:
         maps: B×C×h×w.
 
     Returns:
-        h×(⌊w/2⌋+1): mean over B and C of log(|F| + 1e-6), rows in the order of
+        h×(⌊w/2⌋+1): mean over B and C of ``log(|F| + 1e-6)``, rows in the order of
         ``torch.fft.fftfreq(h)``, columns of ``torch.fft.rfftfreq(w)``.
 
     Examples:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from captum_classemb.attr import ClassEmbeddingProjection, MemoryPatchImportance
+from captum_classemb.attr import MemoryPatchImportance
 from captum_classemb.data.images import Preprocess, read_image
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.explain.compute import METHODS, TOP
@@ -142,7 +142,7 @@ class Explore:
         self.focus = list(dict.fromkeys([*self._targets, *self.top]))
         focus = torch.tensor(self.focus, device=vit.device)
         tokens = vit.prefix_tokens + self._grid[0] * self._grid[1]
-        classes, shares, ranks = [], [], []
+        classes, shares, ranks, projected = [], [], [], []
         with torch.no_grad():
             for hidden in recording["resid_post"]:
                 if hidden.shape[1] != tokens:
@@ -156,8 +156,10 @@ class Explore:
                 shares.append(best.values.cpu().numpy())
                 by_class = logits.expand(len(focus), -1, -1)
                 ranks.append(rank(by_class, focus[:, None]).cpu().numpy())
+                projected.append(_numpy(logits[vit.prefix_tokens :, focus].T))
         self._top_classes, self._top_probabilities = np.stack(classes), np.stack(shares)
         self._ranks = np.stack(ranks, 1)
+        self._projected = np.stack(projected, 1).reshape(len(focus), -1, 1, *self._grid)
 
     def _method_step(self, key: str) -> Callable[[], None]:
         def step() -> None:
@@ -172,7 +174,9 @@ class Explore:
         kind = METHODS[key]
         classes = self._classes_with_maps(kind.every_class)
         maps = kind.build(self.vit).attribute_classes(self._pixels, classes.tolist())[0]
-        parts = np.stack([self._parts(key, index) for index in self.focus])
+        # The tokens of every block are read already.
+        known = key == "projection"
+        parts = self._projected if known else np.stack([self._parts(key, i) for i in self.focus])
         return MethodMaps(
             key=key,
             title=kind.title,
@@ -185,15 +189,7 @@ class Explore:
         )
 
     def _parts(self, key: str, index: int) -> Floats:
-        """One class by block and head: L×H'×h×w."""
-        if key == "projection":
-            blocks = [
-                ClassEmbeddingProjection(self.vit, block=block).attribute_patches(
-                    self._pixels, index
-                )
-                for block in range(len(self.vit.blocks))
-            ]
-            return _numpy(torch.cat(blocks))
+        """One class by block and head: L×H'×h×w, all heads together first."""
         target = torch.tensor([index])
         by_head = _numpy(METHODS[key].build(self.vit).attribute_patches(self._pixels, target)[0])
         return np.concatenate([by_head.sum(1, keepdims=True), by_head], 1)

@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 from pages import unpacked
 
+from captum_classemb.attr import ClassEmbeddingProjection
 from captum_classemb.cli import cli
 from captum_classemb.data.images import Preprocess, read_image
 from captum_classemb.explain import METHODS, Explore
@@ -66,7 +67,12 @@ def test_numbers_are_those_of_the_attributions() -> None:
             f"{key}.partSteps"
         ][..., None, None]
         target = torch.tensor([run.focus[0]])
-        if key != "projection":
+        if key == "projection":
+            blocks = [ClassEmbeddingProjection(run.vit, block=b) for b in range(6)]
+            expected = torch.cat([each.attribute_patches(inputs, target) for each in blocks])
+            half = 0.51 * arrays[f"{key}.partSteps"][0, ..., None, None]
+            assert (np.abs(parts[0] - expected.numpy()) <= half).all()
+        else:
             expected = attribution.attribute_patches(inputs, target)[0].numpy()
             half = 0.51 * arrays[f"{key}.partSteps"][0, :, 1:, None, None]
             assert (np.abs(parts[0, :, 1:] - expected) <= half).all()
