@@ -36,8 +36,11 @@ def normalise(x: Tensor, eps: float, kind: NormKind) -> Normalised:
         >>> normalise(torch.tensor([[1.0, 3.0]]), eps=0.0, kind="layer").x_hat
         tensor([[-1.,  1.]])
     """
-    centred = x if kind == "rms" else x - x.mean(-1, keepdim=True)
     width = x.shape[-1]
+    if kind == "layer":
+        x_hat, _, inverse_sigma = torch.native_layer_norm(x, [width], None, None, eps)
+        return Normalised(x_hat, x_hat, inverse_sigma)
+    centred = x if kind == "rms" else x - x.mean(-1, keepdim=True)
     # torch.var, which the simple norm uses, divides by D − 1.
     bessel = width / (width - 1) if kind == "simple" else 1.0
     inverse_sigma = torch.rsqrt(centred.square().mean(-1, keepdim=True) * bessel + eps)

@@ -106,6 +106,11 @@ class Attention(ABC):
             self.queries(call, rows), self.keys(call), self.scale(), self.bias(call, rows)
         )
 
+    def mixed(self, call: Call, rows: slice) -> Tensor:
+        """A·V at some query rows, heads side by side: B×Q×(H·d)."""
+        mixed = self.weights(call, rows) @ wide(self.values(call))
+        return mixed.transpose(1, 2).flatten(2)
+
     def inner(self, call: Call, rows: slice) -> tuple[Step, ...]:
         """The steps between A·V and W_O at some query rows: norms and gates."""
         return ()
@@ -133,14 +138,14 @@ class Attention(ABC):
         """The way from A·V to the residual stream, at some query rows."""
         inner = self.inner(call, rows)
         output = self.output(call, rows)
-        trace = [torch.empty(0)]
-        if inner:
-            mixed = self.weights(call, rows) @ wide(self.values(call))
-            trace = list(Chain.of(inner, mixed.transpose(1, 2).flatten(2)).trace)
+        # Only what a step with a derivative of its own reads is computed.
+        read = max((i + 1 for i, step in enumerate(inner) if not step.uniform), default=0)
+        trace = Chain.of(inner[: read - 1], self.mixed(call, rows)).trace if read else ()
+        unread = (torch.empty(0),) * (len(inner) + 1 - read)
         # The rows are copied so that the whole output need not be kept.
         projected = output if output.shape[1] == call.input.shape[1] else output.clone()
         outer = Chain.of(self.outer, projected)
-        return Chain((*inner, self.proj, *self.outer), (*trace, *outer.trace))
+        return Chain((*inner, self.proj, *self.outer), (*trace, *unread, *outer.trace))
 
 
 class MLP:

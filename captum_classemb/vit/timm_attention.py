@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.attention import attention_weights
+from captum_classemb.functional.precision import wide
 from captum_classemb.readout import Gate, Norm, Scale, Step
 from captum_classemb.vit.parts import Attention, Call, split_heads
 
@@ -39,7 +40,7 @@ class TimmAttention(Attention):
     """``timm.layers.Attention``: one projection for queries, keys and values."""
 
     def __init__(self, module: Any, outer: tuple[Step, ...] = ()) -> None:
-        watch = [m for m in (getattr(module, n, None) for n in ("qkv",)) if m is not None]
+        watch = [m for m in (module.qkv, _present(module, "norm")) if m is not None]
         super().__init__(module, module.num_heads, module.proj, outer, watch)
 
     def split(self, call: Call, index: int) -> Tensor:
@@ -65,6 +66,11 @@ class TimmAttention(Attention):
             raise UnsupportedModelError("causal attention is not supported.")
         return _additive(call.kwargs.get("attn_mask"), rows)
 
+    def mixed(self, call: Call, rows: slice) -> Tensor:
+        # A norm is the first to read A·V: what it was called with need not be computed again.
+        entered = call.entered.get(_present(self.module, "norm"))
+        return super().mixed(call, rows) if entered is None else wide(entered[:, rows])
+
     def inner(self, call: Call, rows: slice) -> tuple[Step, ...]:
         steps: list[Step] = []
         norm, gate = _present(self.module, "norm"), _present(self.module, "gate")
@@ -81,7 +87,7 @@ class RotaryAttention(TimmAttention):
     def __init__(self, module: Any, outer: tuple[Step, ...] = ()) -> None:
         super().__init__(module, outer)
         if module.qkv is None:
-            self.watch = (module.q_proj, module.k_proj, module.v_proj)
+            self.watch = (module.q_proj, module.k_proj, module.v_proj, *self.watch)
 
     def split(self, call: Call, index: int) -> Tensor:
         module: Any = self.module
@@ -176,6 +182,10 @@ class ClassAttention(Attention):
 class DifferentialAttention(TimmAttention):
     """``DiffAttention``: what multiplies the values is A₁ − λA₂; each head has a norm after it."""
 
+    def __init__(self, module: Any, outer: tuple[Step, ...] = ()) -> None:
+        super().__init__(module, outer)
+        self.watch = (*self.watch, module.sub_norm)
+
     def _signed(self, call: Call, index: int) -> Tensor:
         module: Any = self.module
         tokens = call.inner[module.qkv].chunk(3, -1)[index]
@@ -198,6 +208,11 @@ class DifferentialAttention(TimmAttention):
         )
         factor: Tensor = module._compute_lambda()
         return both[:, 0::2] - factor.to(both.dtype) * both[:, 1::2]
+
+    def mixed(self, call: Call, rows: slice) -> Tensor:
+        module: Any = self.module
+        entered = call.entered[module.sub_norm][:, :, rows]
+        return wide(entered).transpose(1, 2).flatten(2)
 
     def inner(self, call: Call, rows: slice) -> tuple[Step, ...]:
         module: Any = self.module
@@ -236,7 +251,8 @@ class DifferentialParallelAttention(DifferentialAttention):
     """The attention half of ``DiffParallelScalingBlock``."""
 
     def __init__(self, block: Any, outer: tuple[Step, ...] = ()) -> None:
-        Attention.__init__(self, block, block.num_heads, block.out_proj, outer, (block.in_proj,))
+        watch = (block.in_proj, block.sub_norm)
+        Attention.__init__(self, block, block.num_heads, block.out_proj, outer, watch)
         self.proj.columns = slice(0, block.in_split[1])
 
     split = ParallelAttention.split
