@@ -1,0 +1,206 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 5. Intervening
+#
+# A map says what a prediction seems to rest on. Whether it does is seen by taking it away: cut
+# attention between tokens, switch off heads and neurons, remove patches, and read again (Vilas et
+# al. 2023, §4.2). Every edit lasts for a `with` block; the model is left as it was.
+
+# %%
+import os
+
+import matplotlib.pyplot as plt
+import torch
+
+from captum_classemb import MemoryPatchImportance
+from captum_classemb.data import PairedTransform, data_config, open_dataset, patch_mask
+from captum_classemb.functional.identifiability import identifiability
+from captum_classemb.models import class_names, load_model
+from captum_classemb.vit import adapt, record
+from captum_classemb.vit.ablation import ablate_heads, ablate_memories
+from captum_classemb.vit.knock_out import knock_out, no_cls, self_only
+from captum_classemb.vit.removal import remove_tokens
+
+plt.rcParams.update({"figure.dpi": 110, "font.size": 9})
+BLUE, ORANGE, GREEN, INK, GRAY = "#0072B2", "#D55E00", "#009E73", "#222222", "#8A8A8A"
+
+name = os.environ.get("CLASSEMB_MODEL", "demo_vit")
+model = load_model(name, os.environ.get("CLASSEMB_CHECKPOINT"))
+vit, names = adapt(model), class_names(model)
+transform = PairedTransform.from_config(data_config(model), "squash")
+data = open_dataset(os.environ.get("CLASSEMB_DATA", "scenes"), transform, None, len(names))
+
+count = min(len(data), 100 if name == "demo_vit" else 8)
+samples = [data[i * len(data) // count] for i in range(count)]
+samples = [sample for sample in samples if sample.mask is not None]
+images = torch.stack([sample.image for sample in samples])
+labels = torch.tensor([sample.label for sample in samples])
+size = tuple(images.shape[2:])
+grid = vit.grid(size)
+
+
+def accuracy():
+    """Of the model as it is now, edits included."""
+    with torch.no_grad():
+        return (vit(images).argmax(-1) == labels).float().mean().item()
+
+
+whole = accuracy()
+print(f"{len(samples)} images; accuracy {whole:.1%}")
+
+# %% [markdown]
+# ## Cut attention
+#
+# `self_only`: image tokens learn nothing of each other. `no_cls`: they learn nothing of CLS. A cut
+# is a matrix of bools, query by key, so any other is as easy: here image tokens of the context
+# that do not see the object.
+
+# %%
+on_object = torch.stack([patch_mask(s.mask, grid).flatten() == 1 for s in samples])
+first, patches = vit.prefix_tokens, on_object.shape[1]
+blind = torch.zeros(len(samples), first + patches, first + patches, dtype=torch.bool)
+blind[:, first:, first:] = ~on_object[:, :, None] & on_object[:, None, :]
+
+cuts = {"nothing cut": (None, GRAY), "self_only": (self_only(vit, size), ORANGE)}
+if first:
+    cuts["no_cls"] = (no_cls(vit, size), BLUE)
+cuts["context blind to object"] = (blind, GREEN)
+
+
+def known():
+    """Class identifiability after every block, L×B×N."""
+    hidden = record(vit, images, ["resid_post"])["resid_post"]
+    with torch.no_grad():
+        return torch.stack(
+            [identifiability(vit.readout.project(x), labels[:, None]) for x in hidden]
+        )
+
+
+figure, axes = plt.subplots(1, 3, figsize=(10.2, 3.1), sharey=True, layout="constrained")
+for title, (cut, color) in cuts.items():
+    if cut is None:
+        found, right = known(), whole
+    else:
+        with knock_out(vit, cut):
+            found, right = known(), accuracy()
+    print(f"{title:<26} accuracy {right:.1%}")
+    groups = {
+        "CLS": found[:, :, 0].mean(1),
+        "patches on the object": found[:, :, first:][:, on_object].mean(1),
+        "patches of the context": found[:, :, first:][:, ~on_object].mean(1),
+    }
+    for axis, (group, curve) in zip(axes, groups.items(), strict=True):
+        # What is not cut lies under the others, and is wider, lest it be hidden.
+        width = 5 if cut is None else 1.6
+        axis.plot(curve, marker="o", markersize=4, linewidth=width, color=color, label=title)
+        axis.set(title=group, xlabel="after block", ylim=(0, 1.03))
+        axis.spines[["top", "right"]].set_visible(False)
+axes[0].set_ylabel("class identifiability")
+axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+plt.show()
+
+# %% [markdown]
+# In the packaged model image tokens learn from each other, not from CLS: cutting them off from it
+# changes nothing. Without each other they are lost.
+#
+# ## Switch off heads
+#
+# Each head in turn gives its mean over the images instead of what it says. Does the ledger, which
+# says what each head brings *directly*, tell which ones matter?
+
+# %%
+heads = vit.blocks[0].attentions[0].heads
+loss = torch.zeros(len(vit.blocks), heads)
+few, theirs = images[:40], labels[:40]
+
+
+def confidence():
+    """Mean log-probability of the correct class."""
+    with torch.no_grad():
+        return vit(few).log_softmax(-1).gather(1, theirs[:, None]).mean().item()
+
+
+sure = confidence()
+for block in range(len(vit.blocks)):
+    for head in range(heads):
+        with ablate_heads(vit, {block: [head]}, reference=few):
+            loss[block, head] = sure - confidence()
+
+ledger = MemoryPatchImportance(model).ledger(few, theirs)
+direct = ledger.attention.sum(-1).mean(0)
+
+figure, axes = plt.subplots(1, 2, figsize=(7.6, 3), layout="constrained")
+panels = {"loss of log p without the head": loss, "what the ledger says it brings": direct}
+for axis, (title, values) in zip(axes, panels.items(), strict=True):
+    limit = values.abs().max()
+    picture = axis.imshow(values, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto")
+    axis.set(title=title, xlabel="head", ylabel="block", xticks=range(heads))
+    figure.colorbar(picture, ax=axis)
+plt.show()
+
+# %% [markdown]
+# Early heads matter without bringing anything to the logit themselves: what they write is read by
+# later blocks. The ledger is about the last step, ablation about all of them.
+#
+# ## Switch off neurons
+#
+# The memories that the ledger names first, against as many chosen at random.
+
+# %%
+by_memory = MemoryPatchImportance(model).ledger(few, theirs, memories=True).mlp_memories
+strength = by_memory.mean(0)  # L×M
+counts = [round(share * strength.numel()) for share in (0, 0.02, 0.05, 0.1, 0.2, 0.4)]
+generator = torch.Generator().manual_seed(0)
+order = {
+    "named by the ledger": (strength.flatten().argsort(descending=True), ORANGE),
+    "random": (torch.randperm(strength.numel(), generator=generator), GRAY),
+}
+figure, axis = plt.subplots(figsize=(5.2, 3), layout="constrained")
+for title, (places, color) in order.items():
+    values = []
+    for number in counts:
+        chosen = {}
+        for place in places[:number].tolist():
+            chosen.setdefault(place // strength.shape[1], []).append(place % strength.shape[1])
+        with ablate_memories(vit, "mlp", chosen, reference=few):
+            values.append(confidence())
+    axis.plot(counts, values, marker="o", markersize=4, color=color, label=title)
+axis.set(xlabel="neurons switched off", ylabel="mean log p of the correct class")
+axis.spines[["top", "right"]].set_visible(False)
+axis.legend(frameon=False, loc="lower left")
+plt.show()
+
+# %% [markdown]
+# ## Remove tokens
+#
+# Without the patches of the object, without those of the context: the model never sees them.
+
+
+# %%
+def accuracy_with(keep):
+    with torch.no_grad(), remove_tokens(vit, keep):
+        return (vit(images).argmax(-1) == labels).float().mean().item()
+
+
+bars = {
+    "whole image": whole,
+    "object alone": accuracy_with(on_object),
+    "context alone": accuracy_with(~on_object),
+}
+figure, axis = plt.subplots(figsize=(4.6, 1.9), layout="constrained")
+axis.barh(list(bars), list(bars.values()), color=[INK, ORANGE, BLUE], height=0.6)
+for row, value in enumerate(bars.values()):
+    axis.text(value + 0.01, row, f"{value:.1%}", va="center")
+axis.invert_yaxis()
+axis.set(xlim=(0, 1.15), xlabel="accuracy")
+axis.spines[["top", "right"]].set_visible(False)
+plt.show()
