@@ -154,8 +154,7 @@ class AttentionEdit(TorchFunctionMode):
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
+        **rest: Any,
     ) -> Tensor:
         if is_causal:
             raise UnsupportedModelError("causal attention is not supported.")
@@ -166,15 +165,13 @@ class AttentionEdit(TorchFunctionMode):
         if visible is not None:
             mask = _hidden(mask, visible)
         if not self.reweighs:
-            return func(
-                query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale,
-                enable_gqa=enable_gqa,
-            )  # fmt: skip
-        if enable_gqa:
+            return func(query, key, value, attn_mask=mask, dropout_p=dropout_p, **rest)
+        if rest.get("enable_gqa"):
             groups = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
         if mask is not None and mask.dtype == torch.bool:
             mask = query.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        scale = rest.get("scale")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         weights = F.dropout(self.weigh(attention_weights(query, key, scale, mask)), dropout_p)
         return weights.to(value.dtype) @ value

@@ -193,7 +193,8 @@ def test_saved_tokens(tmp_path: Path) -> None:
 
 def test_every_study_is_registered_with_its_summary() -> None:
     found = registry()
-    assert {"identifiability", "memories"} <= found.keys()
+    own = {"identifiability", "memories", "attention-perturbation", "token-perturbation"}
+    assert own <= found.keys()
     for name, study in found.items():
         assert study.name == name and study.summary()[-1] in ".?"
 

@@ -188,6 +188,29 @@ def test_a_cut_from_the_image_alone() -> None:
     assert same[:, :, 0].all() and not same[:, :, 1:].any()
 
 
+@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize(
+    "name", ["registers", "beit", "eva, shared keys and values", "torchvision"]
+)
+def test_half_precision(name: str, renormalise: bool) -> None:
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        vit, pixels = adapt(build(name, dtype)), images(name, dtype=dtype)
+        cut = some_cut(name, vit, pixels)
+        keep = torch.rand(2, 16, generator=torch.Generator().manual_seed(4)) < 0.6
+        left = kept_tokens(keep, vit.prefix_tokens).places.shape[1]
+        inside = cut[:, :left, :left]
+        inside[:, :, 0] = False
+        with torch.no_grad():
+            with knock_out(vit, cut, renormalise=renormalise), ablate_heads(vit, {0: [1]}):
+                found.append(vit(pixels))
+            with knock_out(vit, inside, renormalise=renormalise), remove_tokens(vit, keep):
+                found.append(vit(pixels))
+        assert found[-1].dtype == dtype
+    for half, exact in zip(found[:2], found[2:], strict=True):
+        assert (half - exact).norm() < 0.15 * exact.norm()
+
+
 def test_edits_stay_in_their_thread() -> None:
     model, pixels = build("cls"), images("cls")
     vit = adapt(model)
