@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["NormKind", "Normalised", "normalise", "pull", "push"]
+__all__ = ["NormKind", "Normalised", "normalise", "pull", "pull_rows", "push"]
 
 NormKind = Literal["layer", "rms", "simple"]
 
@@ -65,6 +65,17 @@ def pull(
     if kind == "layer":
         c = c - c.mean(-1, keepdim=True)
     return (c - sigma_term) * state.inverse_sigma
+
+
+def pull_rows(cotangent: Tensor, state: Normalised, gamma: Tensor | None, kind: NormKind) -> Tensor:
+    """:func:`pull` summed over rows: …×Q×D to …×1×D, without a tensor of all rows' cotangents."""
+    c = cotangent if gamma is None else cotangent * gamma
+    inverse = state.inverse_sigma.transpose(-2, -1)
+    share = inverse * (state.x_hat * c).mean(-1)[..., None, :]
+    total = inverse @ c
+    if kind == "layer":
+        total = total - total.mean(-1, keepdim=True)
+    return total - share @ state.sigma_slope
 
 
 def push(

@@ -37,6 +37,12 @@ class Step(ABC):
     def pull(self, x: Tensor, cotangent: Tensor, hold: bool = False) -> Tensor:
         """The cotangent of the input: Jᵀ·cotangent, with σ a constant if ``hold``."""
 
+    def pull_rows(self, x: Tensor, cotangent: Tensor) -> Tensor:
+        """:meth:`pull` summed over rows: …×1×D."""
+        if self.uniform:
+            return self.pull(x, cotangent.sum(-2, keepdim=True))
+        return self.pull(x, cotangent).sum(-2, keepdim=True)
+
     @abstractmethod
     def push(self, x: Tensor, tangent: Tensor, hold: bool = False) -> Tensor:
         """The tangent of the output: J·tangent, with σ a constant if ``hold``."""
@@ -196,6 +202,12 @@ class Norm(Step):
         gamma = self._parameter("weight", c)
         return self._join(norm_fn.pull(c, self.state(x), gamma, self.kind, hold))
 
+    def pull_rows(self, x: Tensor, cotangent: Tensor) -> Tensor:
+        if self.groups > 1:
+            return super().pull_rows(x, cotangent)
+        gamma = self._parameter("weight", cotangent)
+        return norm_fn.pull_rows(cotangent, self.state(x), gamma, self.kind)
+
     def push(self, x: Tensor, tangent: Tensor, hold: bool = False) -> Tensor:
         t = self._split(tangent)
         gamma = self._parameter("weight", t)
@@ -307,10 +319,10 @@ class Chain:
     def pull_rows(self, cotangent: Tensor) -> Tensor:
         """The cotangent of the first input summed over rows: B×·."""
         for index in reversed(range(len(self.steps))):
-            if all(step.uniform for step in self.steps[: index + 1]):
-                # From here on every row is treated alike, so that one row stands for the sum.
-                cotangent = cotangent.sum(1, keepdim=True)
-            cotangent = self.steps[index].pull(self.trace[index], cotangent)
+            step, x = self.steps[index], self.trace[index]
+            # Where all that is left treats every row alike, one row stands for the sum.
+            alike = all(earlier.uniform for earlier in self.steps[:index])
+            cotangent = step.pull_rows(x, cotangent) if alike else step.pull(x, cotangent)
         return cotangent.sum(1)
 
     def push(self, tangent: Tensor, hold: bool = False) -> Tensor:

@@ -13,7 +13,7 @@ from timm.layers.fast_norm import simple_norm
 from torch import Tensor
 from torch.nn import functional as F
 
-from captum_classemb.functional.norm import NormKind, normalise, pull, push
+from captum_classemb.functional.norm import NormKind, normalise, pull, pull_rows, push
 
 KINDS = get_args(NormKind)
 WIDTH = 6
@@ -82,6 +82,8 @@ def test_values_and_derivatives(kind: NormKind, scaled: bool) -> None:
     _, vjp = torch.autograd.functional.vjp(norm, x, c)
     _, jvp = torch.autograd.functional.jvp(norm, x, t)
     assert torch.allclose(pull(c, state, gamma, kind, False), vjp, rtol=1e-11, atol=1e-12)
+    summed = vjp.sum(0, keepdim=True)
+    assert torch.allclose(pull_rows(c, state, gamma, kind), summed, rtol=1e-11, atol=1e-12)
     assert torch.allclose(push(t, state, gamma, kind, False), jvp, rtol=1e-11, atol=1e-12)
 
 
