@@ -4,8 +4,9 @@
     python benchmarks/arena.py --scenes
 
 Images of a folder with boxes (layout ``annotations``) are split by index: choose designs on the
-even half, report on the odd one. Every method's row is kept as soon as it is there, so an
-interrupted run goes on where it stopped.
+even half, report on the odd one. Every part of a method's row is kept as soon as it is there, so
+an interrupted run goes on where it stopped; ``--part costs`` alone, on an idle machine, gives times
+that nothing disturbed. The report is written when every part is there.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from arena_cost import measure
+from arena_axioms import measure as measure_axioms
+from arena_cost import measure as measure_cost
 from arena_methods import METHODS, Maps, Method
 from arena_report import report
 from torch import Tensor
@@ -36,6 +38,7 @@ SLOW_LIMIT = 50
 """Images of methods that need more than 50 passes for one."""
 COST_BATCH = 16
 """Images whose maps are timed together; one for slow methods."""
+PARTS = {"curves": "curves_and_places", "axioms": "axioms", "costs": "costs"}
 
 
 class Arena:
@@ -73,8 +76,19 @@ class Arena:
         ]
         return torch.cat(values)
 
-    def run(self, method: Method) -> dict[str, np.ndarray]:
-        """Everything that is measured of a method, image by image."""
+    def costs(self, method: Method) -> dict[str, Tensor]:
+        """Passes, time and memory."""
+        batch = 1 if method.slow else COST_BATCH
+        make = method.build(self.vit)
+        cost = measure_cost(self.vit, make, self.images[:batch], self.labels[:batch])
+        return {f"cost_{k}": torch.tensor(v) for k, v in asdict(cost).items()}
+
+    def axioms(self, method: Method) -> dict[str, Tensor]:
+        """Infidelity, sensitivity, and what shuffled weights leave of the maps, if it is quick."""
+        return {} if method.slow else measure_axioms(method, self.vit, self.images, self.labels)
+
+    def curves_and_places(self, method: Method) -> dict[str, Tensor]:
+        """Removal curves and localisation, image by image."""
         make = method.build(self.vit)
         count = min(len(self.images), SLOW_LIMIT if method.slow else len(self.images))
         images, labels, masks = self.images[:count], self.labels[:count], self.masks[:count]
@@ -102,10 +116,7 @@ class Arena:
             rows["average_precision"] = exact.images()["average_precision"]
             summary = exact.compute()
             rows |= {name: summary[name] for name in ("pixel_accuracy", "mean_iou")}
-        batch = 1 if method.slow else COST_BATCH
-        cost = measure(self.vit, make, self.images[:batch], self.labels[:batch])
-        rows |= {f"cost_{k}": torch.tensor(v) for k, v in asdict(cost).items()}
-        return {name: value.cpu().numpy() for name, value in rows.items()}
+        return rows
 
 
 def photographs(
@@ -143,6 +154,14 @@ def scenes(limit: int | None) -> Any:
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights of the model.")
 @click.option("--half", type=click.Choice(["even", "odd", "all"]), default="odd", show_default=True)
 @click.option("--method", "chosen", multiple=True, help="Some methods only.")
+@click.option(
+    "--part",
+    "parts",
+    type=click.Choice(list(PARTS)),
+    multiple=True,
+    default=tuple(PARTS),
+    help="Some parts of the rows only.",
+)
 @click.option("--limit", type=int, help="The first images only.")
 @click.option("--steps", default=20, show_default=True, help="Points of token removal.")
 @click.option("--pixel-steps", default=5, show_default=True, help="Points of pixel masking.")
@@ -183,15 +202,22 @@ def main(**options: Any) -> None:
     wanted = [m for m in METHODS if m.installed]
     if options["chosen"]:
         wanted = [m for m in wanted if m.name in options["chosen"]]
-    results = {}
+    results, missing = {}, False
     for method in tqdm(wanted, desc="methods", file=sys.stderr):
-        path = folder / f"{method.name.replace(' ', '_')}.npz"
-        if not path.exists():
-            unfinished = path.with_suffix(".tmp.npz")
-            np.savez_compressed(unfinished, **arena.run(method))
-            unfinished.rename(path)
-        results[method.name] = dict(np.load(path))
-    report(arena, wanted, results, options["output"], name)
+        rows: dict[str, np.ndarray] = {}
+        for part, measured in PARTS.items():
+            path = folder / f"{method.name.replace(' ', '_')}.{part}.npz"
+            if part in options["parts"] and not path.exists():
+                unfinished = path.with_suffix(".tmp.npz")
+                found = getattr(arena, measured)(method)
+                np.savez_compressed(unfinished, **{k: v.cpu().numpy() for k, v in found.items()})
+                unfinished.rename(path)
+            missing |= not path.exists()
+            if path.exists():
+                rows |= dict(np.load(path))
+        results[method.name] = rows
+    if not missing:
+        report(arena, wanted, results, options["output"], name)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,12 @@ CURVES = {
     "pixels_mean": "pixels painted in the mean colour, target = label",
     "pixels_blur": "pixels blurred, target = label",
 }
-LOCALISATION = ("energy", "box_area", "pointing", "average_precision")
+LOCALISATION = ("energy", "box_area", "pointing", "average_precision", "context_share")
+AXIOMS = {
+    "infidelity": "infidelity (lower is better)",
+    "sensitivity": "max-sensitivity (lower is better)",
+    "randomised": "rank correlation with a shuffled model's map (near 0 is right)",
+}
 
 
 def image_values(arena: Any, rows: dict[str, np.ndarray]) -> dict[str, Tensor]:
@@ -45,9 +50,15 @@ def image_values(arena: Any, rows: dict[str, np.ndarray]) -> dict[str, Tensor]:
             values[f"{curve}/{measure}/negative"] = sides[:, 0]
             values[f"{curve}/{measure}/positive"] = sides[:, 1]
             values[f"{curve}/{measure}/gap"] = sides[:, 0] - sides[:, 1]
+    if arena.exact:
+        # The context of these scenes says nothing of the class, so nothing should rest on it.
+        rows = rows | {"context_share": 1 - rows["energy"]}
     for name in LOCALISATION:
         if name in rows:
             values[f"localisation/{name}"] = torch.from_numpy(rows[name]).double()
+    for name in AXIOMS:
+        if name in rows:
+            values[f"axioms/{name}"] = torch.from_numpy(rows[name]).double()
     return values
 
 
@@ -163,7 +174,7 @@ def _markdown(command: str, settings: dict[str, Any], records: dict[str, Any]) -
     keys = [f"{curve}/{m}/gap" for curve in list(CURVES)[1:] for m in ("accuracy", "probability")]
     keys += [f"localisation/{k}" for k in LOCALISATION]
     keys = [k for k in keys if k in records[ordered[0]]["measures"]]
-    heads = [k.replace("/gap", "").replace("localisation/", "").replace("/", " ") for k in keys]
+    heads = [_head(k) for k in keys]
     heads += ["paper neg.", "paper pos."]
     exact = "pixel_accuracy" in records[ordered[0]]
     heads += ["pixel accuracy", "mean IoU"] if exact else []
@@ -174,12 +185,25 @@ def _markdown(command: str, settings: dict[str, Any], records: dict[str, Any]) -
         cells += [f"{r['paper_negative']:.3f}", f"{r['paper_positive']:.3f}"]
         cells += [f"{r[k]:.3f}" for k in ("pixel_accuracy", "mean_iou") if exact]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "The last areas are those of the mean accuracy curve as Vilas et al. publish them.",
+        "",
+        f"## Axioms, on {_axiom_images(records)} images; methods of more than 50 passes left out",
+        "",
+        f"| method | {' | '.join(AXIOMS.values())} |",
+        "|---" * (len(AXIOMS) + 1) + "|",
+    ]
+    for name in ordered:
+        if "axioms/infidelity" in records[name]["measures"]:
+            cells = [_cell(records[name], f"axioms/{k}") for k in AXIOMS]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     if OURS in records:
         lines += ["", f"## {OURS} minus each, on common images (95 % paired bootstrap)", ""]
         keys = [f"{c}/{m}/gap" for c in CURVES for m in ("accuracy", "probability")]
-        keys += [f"localisation/{k}" for k in ("energy", "pointing", "average_precision")]
+        keys += [f"localisation/{k}" for k in LOCALISATION if k != "box_area"]
         keys = [k for k in keys if k in records[OURS]["measures"]]
-        heads = [k.replace("/gap", "").replace("localisation/", "").replace("/", " ") for k in keys]
+        heads = [_head(k) for k in keys]
         lines += [f"| method | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
         for name in ordered:
             against = records[name]["patch_importance_minus_this"]
@@ -190,6 +214,20 @@ def _markdown(command: str, settings: dict[str, Any], records: dict[str, Any]) -
                 ]
                 lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _head(key: str) -> str:
+    return key.replace("/gap", "").replace("localisation/", "").replace("/", " ").replace("_", " ")
+
+
+def _axiom_images(records: dict[str, Any]) -> int:
+    """How many images the axioms were measured on."""
+    counts = [
+        r["measures"]["axioms/infidelity"]["images"]
+        for r in records.values()
+        if "axioms/infidelity" in r["measures"]
+    ]
+    return max(counts, default=0)
 
 
 def pareto(records: dict[str, Any], settings: dict[str, Any], path: Path) -> None:

@@ -20,7 +20,12 @@ from captum.attr import IntegratedGradients, LayerGradCam, Saliency
 from timing import environment, interleaved
 from torch import Tensor, nn
 
-from captum_classemb import ClassEmbeddingGradient, ClassEmbeddingProjection, MemoryPatchImportance
+from captum_classemb import (
+    ClassEmbeddingGradient,
+    ClassEmbeddingProjection,
+    MemoryPatchImportance,
+    PatchImportance,
+)
 
 FORWARD = "forward (inference_mode)"
 
@@ -63,10 +68,11 @@ def methods(model: Any, eager: Any, images: Tensor) -> dict[str, Callable[[], An
             model(images)
 
     gradient, memory = ClassEmbeddingGradient(model), MemoryPatchImportance(model)
-    projection = ClassEmbeddingProjection(model)
+    projection, importance = ClassEmbeddingProjection(model), PatchImportance(model)
     gradcam = LayerGradCam(model, model.blocks[-1].norm1)
     return {
         FORWARD: forward,
+        "PatchImportance.attribute": lambda: importance.attribute(images, target),
         "ClassEmbeddingProjection.attribute": lambda: projection.attribute(images, target),
         "ClassEmbeddingGradient.attribute": lambda: gradient.attribute(images, target),
         "MemoryPatchImportance.attribute": lambda: memory.attribute(images, target),

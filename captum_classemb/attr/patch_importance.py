@@ -196,7 +196,8 @@ class _Followed:
         if self.shares is None:
             return mixed
         by_basis = mixed.unflatten(2, (self.count, self.rows)).flatten(3)
-        return (self.shares[:, None] @ by_basis).unflatten(3, (self.rows, -1)).flatten(2, 3)
+        by_class: Tensor = (self.shares[:, None] @ by_basis).unflatten(3, (self.rows, -1))
+        return by_class.flatten(2, 3)
 
 
 class _Evidence:

@@ -73,7 +73,7 @@ class Readout(nn.Module, ABC):
         one_hot = torch.zeros(count, self.num_classes, dtype=rows.dtype, device=rows.device)
         one_hot.scatter_(1, classes[:, None], 1.0)
         pulled = self.pull(repeated, one_hot.repeat(len(rows), 1))
-        return pulled.unflatten(0, (len(rows), count))
+        return pulled.view(len(rows), count, *rows.shape[1:])
 
     def hold(self, rows: Tensor) -> HeldReadout:
         """The affine map that remains when every σ keeps the value it has at ``rows``.

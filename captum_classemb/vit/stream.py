@@ -180,13 +180,15 @@ class BlockDerivative:
         """(B·m)×H×Q×· to B×H×(m·Q)×·: what shares the keys and values of one image."""
         if self.copies == 1:
             return heads
-        return heads.unflatten(0, (-1, self.copies)).transpose(1, 2).flatten(2, 3)
+        by_image: Tensor = heads.unflatten(0, (-1, self.copies))
+        return by_image.transpose(1, 2).flatten(2, 3)
 
     def _apart(self, heads: Tensor, count: int) -> Tensor:
         """B×H×(m·Q)×· to (B·m)×H×Q×·."""
         if self.copies == 1:
             return heads
-        return heads.unflatten(2, (self.copies, count)).transpose(1, 2).flatten(0, 1)
+        by_copy: Tensor = heads.unflatten(2, (self.copies, count))
+        return by_copy.transpose(1, 2).flatten(0, 1)
 
     def pull(self, cotangent: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Carry cotangents of the block's output back.
