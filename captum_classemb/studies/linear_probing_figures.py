@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 from captum_classemb.studies.figures import (
     COLOURS,
     SITE_NAMES,
+    Panel,
     Series,
-    lines,
-    new_figure,
-    shared_legend,
+    by_block,
 )
 from captum_classemb.studies.tables import Row, select
 
@@ -26,28 +25,27 @@ _SITE_COLOURS = {"resid_post": "#440154", "attn_out": "#2a788e", "mlp_out": "#b8
 
 def _by_reader(rows: Sequence[Row], model: str) -> Figure:
     """A panel for probe and projection, a line for each site: what image tokens know."""
-    figure, axes = new_figure(2, f"Classes read from image tokens of {model}")
     chosen = select(rows, tokens="image", group="all")
     series = [Series(name, {"site": s}, _SITE_COLOURS[s]) for s, name in SITE_NAMES.items()]
-    for axis, (metric, title) in zip(axes, _READERS.items(), strict=True):
-        lines(axis, select(chosen, metric=metric), series, title, "accuracy")
-    shared_legend(figure, axes)
-    return figure
+    drawn = [
+        Panel(select(chosen, metric=metric), series, title, "accuracy")
+        for metric, title in _READERS.items()
+    ]
+    return by_block(f"Classes read from image tokens of {model}", drawn)
 
 
 def _by_site(rows: Sequence[Row], model: str) -> Figure:
     """A panel for each site: probe beside projection, for CLS and image tokens."""
-    figure, axes = new_figure(len(SITE_NAMES), f"Linear probe and class embedding, {model}")
     series = [
         Series(f"{kind}, {words}", {"tokens": tokens, "metric": metric}, COLOURS[tokens], style)
         for tokens, kind in (("cls", "CLS"), ("image", "image tokens"))
         for (metric, words), style in zip(_READERS.items(), ("-", "--"), strict=True)
     ]
-    chosen = select(rows, group="all")
-    for axis, (site, name) in zip(axes, SITE_NAMES.items(), strict=True):
-        lines(axis, select(chosen, site=site), series, name, "accuracy")
-    shared_legend(figure, axes)
-    return figure
+    drawn = [
+        Panel(select(rows, group="all", site=site), series, name, "accuracy")
+        for site, name in SITE_NAMES.items()
+    ]
+    return by_block(f"Linear probe and class embedding, {model}", drawn)
 
 
 def draw(rows: Sequence[Row], model: str) -> dict[str, Figure]:
