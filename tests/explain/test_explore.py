@@ -14,6 +14,7 @@ from captum_classemb.attr import ClassEmbeddingProjection
 from captum_classemb.cli import cli
 from captum_classemb.data.images import Preprocess, read_image
 from captum_classemb.explain import METHODS, Explore
+from captum_classemb.explorer import ExplorerPage
 from captum_classemb.models import class_names, demo_image_paths, demo_vit, load_model
 from captum_classemb.vit import adapt
 
@@ -102,3 +103,18 @@ def test_a_page_is_of_one_image(arguments: tuple[str, ...], words: str, tmp_path
     assert result.exit_code == 2
     assert words in result.output
     assert not page.exists()
+
+
+def test_command_writes_the_page_alone(tmp_path: Path) -> None:
+    page = tmp_path / "made" / "page.html"
+    words = ["explain", "--html", str(page), "--target", "one", "--method", "memory"]
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 0, result.output
+    head, row = result.output.splitlines()
+    assert head.split() == ["image", "top", "class", "explained", "page"]
+    assert row.split()[-2:] == ["one", str(page)]
+    assert [path.name for path in page.parent.iterdir()] == ["page.html"]
+    facts, _ = unpacked(ExplorerPage(page.read_text()))
+    assert facts["focus"][0] == 1
+    assert [method["key"] for method in facts["methods"]] == ["memory"]
+    assert CliRunner().invoke(cli, [*words, "--quiet"]).output == ""
