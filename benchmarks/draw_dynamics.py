@@ -113,7 +113,7 @@ def loss(models: dict[str, Any], output: Path) -> None:
         points = torch.linspace(float(values.min()) - margin, float(values.max()) + margin, 400)
         heights = {name: density(values, points).numpy()}
         landscapes.eigenvalue_density(
-            axis, points.numpy(), heights, {name: values.numpy()}, name, first_colour=i
+            axis, points.numpy(), heights, {name: values.numpy()}, first_colour=i
         )
     save(figure, output / "dynamics_hessian.png")
 

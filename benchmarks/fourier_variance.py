@@ -89,7 +89,7 @@ def throughput(model: torch.nn.Module, images: Tensor, rounds: int = 7) -> float
 @click.option("--weights", type=click.Path(exists=True, path_type=Path))
 @click.option("--images", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--limit", default=400, show_default=True)
-@click.option("--batch-size", default=20, show_default=True)
+@click.option("--batch-size", default=16, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), required=True)
 def main(
     name: str, weights: Path | None, images: Path, limit: int, batch_size: int, output: Path

@@ -19,6 +19,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from dynamics_table import side_by_side
 from measure_dynamics import Labelled, augmented, measure, normalise
 from safetensors.torch import load_file, save_file
 from timing import environment
@@ -176,7 +177,10 @@ def main(data: str, images: int, epochs: int, names: tuple[str, ...], output: Pa
             result["training"] = json.loads(log.read_text())
         result |= measure(model, sets[0], sets[1], WEIGHT_DECAY, files)
         (output / f"{name}.json").write_text(json.dumps(plain(result)) + "\n")
-        click.echo(f"{name}: {plain(result['clean'])}")
+    files = [output / f"{name}.json" for name in (*MODELS, "demo")]
+    table = side_by_side({f.stem: json.loads(f.read_text()) for f in files if f.is_file()})
+    (output / "side_by_side.md").write_text(table)
+    click.echo(table)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 __all__ = [
     "KIND_COLOURS",
@@ -174,6 +175,8 @@ def similarity_matrix(
         title: of the axis.
     """
     image = axis.imshow(similarity, origin="lower", cmap="magma", vmin=0, vmax=1, aspect="auto")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(MaxNLocator(5, integer=True))
     axis.set_ylabel(f"{names[0]}: step")
     axis.set_xlabel(f"{names[1]}: step")
     axis.set_title(title, fontsize=10)

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from mpl_toolkits.mplot3d import Axes3D
 
 from captum_classemb.plot.dynamics import _MARKERS, _MODELS, _tidy
@@ -54,9 +55,10 @@ def eigenvalue_density(
     axis.axvline(0, color="#222222", linewidth=0.8, linestyle=(0, (4, 3)))
     axis.axhline(0, color="#222222", linewidth=0.8)
     axis.set_xlim(float(points[0]), float(points[-1]))
-    axis.set_ylim(-0.045 * top * (len(densities) + 0.5), 1.08 * top)
-    axis.set_yticks([tick for tick in axis.get_yticks() if 0 <= tick <= 1.08 * top])
-    axis.set_xlabel("top eigenvalues of the loss Hessian")
+    # Room for the legend above the curves, for the marks below them.
+    axis.set_ylim(-0.045 * top * (len(densities) + 0.5), (1.1 + 0.13 * len(densities)) * top)
+    axis.set_yticks([tick for tick in axis.get_yticks() if 0 <= tick <= 1.1 * top])
+    axis.set_xlabel("top Hessian eigenvalues")
     axis.set_ylabel("density over batches")
     axis.set_title(title, fontsize=10)
     _tidy(axis)
@@ -199,9 +201,11 @@ def by_epoch(
             markeredgewidth=0.5,
         )  # fmt: skip
     axis.set_xlabel("epoch")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_ylabel(label)
     axis.set_title(title, fontsize=10)
     if log:
         axis.set_yscale("log")
+        axis.yaxis.set_minor_formatter(NullFormatter())
     _tidy(axis)
     axis.legend(fontsize=8, frameon=False)
