@@ -16,13 +16,13 @@ from captum_classemb.data import TrainAndTest
 from captum_classemb.errors import DataError, InputError
 from captum_classemb.functional.precision import wide
 from captum_classemb.metrics import GROUPS
-from captum_classemb.metrics.grouped import StreamMetric
 from captum_classemb.metrics.probing import ProbeStatistics, plan_probes, stack_heads
 from captum_classemb.models.names import class_names
 from captum_classemb.readout import ClassEmbedding, LinearProbe, encode_readout
 from captum_classemb.readout.probe import features_of, probe_tokens
 from captum_classemb.studies.batches import Batch
 from captum_classemb.studies.fitting import SITES
+from captum_classemb.studies.linear_probing_sums import FittedProbes, ReadCorrectly, Seconds
 from captum_classemb.studies.model_study import ModelStudy, Subject
 from captum_classemb.studies.storage import write_atomically
 from captum_classemb.studies.tables import Row, select
@@ -37,74 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["LinearProbingStudy"]
 
 FOLDS = 5
-_STAGES = ("forward", "sums", "solve", "read_probes", "read_projection")
 _NAMED = 10
-
-
-class _Right(StreamMetric):
-    """How many tokens are read correctly: by place and group of tokens, and by probe."""
-
-    by_group: Tensor
-    group_count: Tensor
-    by_probe: Tensor
-    probe_count: Tensor
-
-    def __init__(self, places: int, probes: int) -> None:
-        super().__init__()
-        for name, size in (("group", len(GROUPS)), ("probe", probes)):
-            for state in (f"by_{name}", f"{name}_count"):
-                self.add_state(state, torch.zeros(places, size, dtype=torch.int64), "sum")
-
-    def update(self, place: int, probe: int, right: Tensor, members: Tensor) -> None:
-        """Take in the tokens of one probe: right B×Q, members 4×B×Q."""
-        self.by_group[place] += (right & members).flatten(1).sum(1)
-        self.group_count[place] += members.flatten(1).sum(1)
-        self.by_probe[place, probe] += right.sum()
-        self.probe_count[place, probe] += right.numel()
-
-    def compute(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Shares and counts by group (P×4) and by probe (P×T)."""
-        by_group, by_probe = self.by_group.double(), self.by_probe.double()
-        shares = (by_group / self.group_count, by_probe / self.probe_count)
-        return shares[0], self.group_count, shares[1], self.probe_count
-
-
-class _Fitted(StreamMetric):
-    """The probes of this pass by fold, and those of all passes on all images."""
-
-    weight: Tensor
-    bias: Tensor
-    all_weight: Tensor
-    all_bias: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("weight", "bias", "all_weight", "all_bias"):
-            self.add_state(name, torch.zeros(0))
-
-    def update(self) -> None:
-        """Nothing is added up here."""
-
-    def compute(self) -> None:
-        """Nothing is asked of it."""
-
-
-class _Seconds(StreamMetric):
-    """How long each stage took, all processes together."""
-
-    spent: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("spent", torch.zeros(len(_STAGES), dtype=torch.float64), "sum")
-
-    def update(self, stage: str, seconds: float) -> None:
-        """Add to one stage."""
-        self.spent[_STAGES.index(stage)] += seconds
-
-    def compute(self) -> dict[str, float]:
-        """By stage."""
-        return dict(zip(_STAGES, (round(s, 3) for s in self.spent.tolist()), strict=True))
 
 
 class LinearProbingStudy(ModelStudy):
@@ -221,10 +154,10 @@ class LinearProbingStudy(ModelStudy):
         self.plan = plan_probes(self.places, self.tokens, width, kinds, self.folds, limit)
         most = max(len(part) for part in self.plan.passes)
         self.statistics = ProbeStatistics(most, width, kinds, self.folds)
-        self.fitted, self.seconds = _Fitted(), _Seconds()
-        self.probe = _Right(len(self.places), len(self.tokens))
-        self.projection = _Right(len(self.places), len(self.tokens))
-        self.model = _Right(1, 1)
+        self.fitted, self.seconds = FittedProbes(), Seconds()
+        self.probe = ReadCorrectly(len(self.places), len(self.tokens))
+        self.projection = ReadCorrectly(len(self.places), len(self.tokens))
+        self.model = ReadCorrectly(1, 1)
         self.metrics.update(
             {
                 "statistics": self.statistics,
@@ -250,7 +183,8 @@ class LinearProbingStudy(ModelStudy):
             rest = len(names) - _NAMED
             named = ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
             why = "without training images" if self.folds == 1 else "with fewer than 2 images"
-            sentences.append(f"Left out are {len(names)} classes {why}: {named}.")
+            left = "1 class is" if len(names) == 1 else f"{len(names)} classes are"
+            sentences.append(f"{left} left out, {why}: {named}.")
         return sentences
 
     def _class_name(self, label: int) -> str:

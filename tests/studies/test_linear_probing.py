@@ -134,7 +134,7 @@ def test_without_a_training_set_each_fold_is_read_by_the_probe_of_the_others(
     told = study.notices()
     assert told[0].startswith("18 probes in 1 pass")
     assert "3 classes from 13 images (5 folds)" in told[1]
-    assert told[2] == "Left out are 1 classes with fewer than 2 images: class 3."
+    assert told[2] == "1 class is left out, with fewer than 2 images: class 3."
 
 
 def whole(data: Drawn) -> Tensor:
@@ -156,7 +156,7 @@ def test_with_a_training_set_the_test_set_is_read(tmp_path: Path) -> None:
         where = {"block": 1, "site": "attn_out", "tokens": tokens, "group": "all"}
         assert one(rows, **where, metric="probe_accuracy").value == pytest.approx(expected)
     assert "4 classes from 14 images (a training set)" in study.notices()[1]
-    assert study.notices()[2] == "Left out are 1 classes without training images: class 1."
+    assert study.notices()[2] == "1 class is left out, without training images: class 1."
     notes = json.loads((tmp_path / "out/run.json").read_text())
     assert notes["classes"] == [0, 2, 3, 5] and notes["classes_left_out"] == [1]
     assert set(notes["seconds_by_stage"]) == {
