@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,7 +124,7 @@ def report(
         writer = csv.DictWriter(file, ["method", "measure", "mean", "low", "high", "images"])
         writer.writeheader()
         writer.writerows(table)
-    command = "python " + " ".join(_public(a) for a in sys.argv)
+    command = "python " + shlex.join(_public(a) for a in sys.argv)
     document = {"command": command, "settings": arena.settings, "methods": records}
     (output / f"arena_{name}.json").write_text(json.dumps(document, indent=1) + "\n")
     markdown = _markdown(command, arena.settings, records)
