@@ -239,9 +239,6 @@ PARALLEL = {name for name in FAMILIES if "parallel" in name and "modules" not in
 #: Models whose tokens before the class-attention blocks are not those of a block of theirs.
 CLASS_ATTENTION = {"cait"}
 
-#: Models whose attention does not call W_O as a module, which hides its memory coefficients.
-WITHOUT_COEFFICIENTS = {"torchvision"}
-
 #: Image sizes, channels first, where they are not 3×32×32.
 SIZES = {
     "dynamic size": (3, 24, 40),

@@ -97,14 +97,14 @@ class LayerClassEmbeddingProjection(_LayerMethod):
         )
         if tokens.dim() != 3:
             raise InputError(f"the layer has shape {tuple(tokens.shape)}: tokens B×N×D are needed.")
+        width = self.vit.blocks[-1].attentions[0].proj.weight.shape[0]
+        if tokens.shape[-1] != width:
+            raise InputError(
+                f"the layer's tokens have width {tokens.shape[-1]}, which the readout does not "
+                f"read: hidden states have {width}."
+            )
         with exact(pixels.device):
-            try:
-                scores = self.readout.project(tokens, index)
-            except RuntimeError as error:
-                raise InputError(
-                    f"the layer's tokens have width {tokens.shape[-1]}, which the readout "
-                    "does not read."
-                ) from error
+            scores = self.readout.project(tokens, index)
         return like_inputs(inputs, scores)
 
 

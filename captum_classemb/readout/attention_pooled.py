@@ -81,7 +81,8 @@ class LatentPool(ABC):
         return torch.einsum("bhd,hdi->bhi", by_head, self._by_head(self.value_map()[0]))
 
     def _by_head(self, weight: Tensor) -> Tensor:
-        return wide(weight.detach()).unflatten(0, (self.heads, -1))
+        by_head: Tensor = wide(weight.detach()).unflatten(0, (self.heads, -1))
+        return by_head
 
 
 class TimmLatentPool(LatentPool):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -124,8 +125,12 @@ def _vit(model: Any, encoder: Any, readout: Readout | None, prefix: int, any_siz
         patch,
         None if any_size else size,
         config.num_channels,
-        grid=lambda image: (image[0] // patch[0], image[1] // patch[1]),
+        grid=partial(_whole_patches, patch),
     )
+
+
+def _whole_patches(patch: tuple[int, int], image: tuple[int, int]) -> tuple[int, int]:
+    return image[0] // patch[0], image[1] // patch[1]
 
 
 def _linear(head: nn.Module) -> Linear | None:

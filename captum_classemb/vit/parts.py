@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_classemb.errors import InputError, UnsupportedModelError
+from captum_classemb.errors import InputError, NonFiniteError, UnsupportedModelError
 from captum_classemb.functional.attention import attention_weights
 from captum_classemb.functional.grid import patch_index
 from captum_classemb.functional.precision import wide
@@ -348,4 +348,4 @@ class ViT(nn.Module):
         self.grid(size)
         # The sum is finite if every pixel is: one pass, where isfinite takes four.
         if not torch.isfinite(wide(inputs).sum()):
-            raise InputError("inputs hold NaN or infinity: finite pixels are needed.")
+            raise NonFiniteError("inputs hold NaN or infinity: finite pixels are needed.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from timm.layers import global_pool_nlc
@@ -60,27 +60,20 @@ def _readout(model: Any) -> Readout | None:
     if head is not None and type(_pool(model)).__name__ == "AttentionPoolLatent":
         pool = TimmLatentPool(model.attn_pool)
         return AttentionPooled(pool, head, patches, classes, token_norm, pooled_norm)
-    return FunctionReadout(_pool_and_head(model), tokens, classes)
+    return FunctionReadout(partial(_pool_and_head, model), tokens, classes)
 
 
 def _pool(model: Any) -> nn.Module | None:
     return getattr(model, "attn_pool", None)
 
 
-def _pool_and_head(model: Any) -> Callable[[Tensor], Tensor]:
+def _pool_and_head(model: Any, rows: Tensor) -> Tensor:
     """Any other pooling or head, through the model's own modules, on the rows that are read."""
-
-    def read(rows: Tensor) -> Tensor:
-        tokens = model.norm(rows)
-        pool = _pool(model)
-        pooled = (
-            global_pool_nlc(tokens, model.global_pool, 0, True) if pool is None else pool(tokens)
-        )
-        after: Any = getattr(model, "fc_norm", None) or nn.Identity()
-        logits: Tensor = model.head(after(pooled))
-        return logits
-
-    return read
+    tokens, pool = model.norm(rows), _pool(model)
+    pooled = global_pool_nlc(tokens, model.global_pool, 0, True) if pool is None else pool(tokens)
+    after: Any = getattr(model, "fc_norm", None) or nn.Identity()
+    logits: Tensor = model.head(after(pooled))
+    return logits
 
 
 def linear_head(head: nn.Module) -> Linear | None:
@@ -124,25 +117,17 @@ def _patch_size(model: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _grid(model: Any) -> Callable[[tuple[int, int]], tuple[int, int]] | None:
-    """The grid of an image, where the embedding itself knows it (padding, a convolutional stem)."""
-    embed: Any = getattr(model, "patch_embed", None)
-    if not hasattr(embed, "dynamic_feat_size"):
-        return None
-
+def _grid(model: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """The grid of an image as the embedding itself tells it (padding, a convolutional stem)."""
+    embed, (p, q) = model.patch_embed, _patch_size(model)
     exact = _image_size(model) is None and getattr(embed, "dynamic_img_pad", None) is False
-
-    def grid(size: tuple[int, int]) -> tuple[int, int]:
-        p, q = _patch_size(model)
-        if exact and (size[0] % p or size[1] % q):
-            raise InputError(
-                f"images of {size[0]}×{size[1]} pixels are no whole number of {p}×{q} patches, "
-                "which the model needs."
-            )
-        h, w = embed.dynamic_feat_size(size)
-        return int(h), int(w)
-
-    return grid
+    if exact and (size[0] % p or size[1] % q):
+        raise InputError(
+            f"images of {size[0]}×{size[1]} pixels are no whole number of {p}×{q} patches, "
+            "which the model needs."
+        )
+    h, w = embed.dynamic_feat_size(size)
+    return int(h), int(w)
 
 
 @register_adapter("timm.models.vision_transformer.VisionTransformer")
@@ -161,6 +146,7 @@ def adapt_timm(model: nn.Module) -> ViT:
     vit: Any = model
     # CaiT's CLS token passes through its class-attention blocks alone.
     blocks = getattr(vit, "blocks_token_only", None) or vit.blocks
+    told = hasattr(getattr(vit, "patch_embed", None), "dynamic_feat_size")
     return ViT(
         model,
         [read_block(block) for block in blocks],
@@ -169,5 +155,5 @@ def adapt_timm(model: nn.Module) -> ViT:
         _patch_size(vit),
         _image_size(vit),
         channels=vit.in_chans,
-        grid=_grid(vit),
+        grid=partial(_grid, vit) if told else None,
     )

@@ -18,8 +18,8 @@ __all__ = ["TorchAttention", "adapt_torchvision"]
 class TorchAttention(Attention):
     """``nn.MultiheadAttention``, whose projections are no modules of their own.
 
-    Its fused kernel shows neither values nor weights, so they are projected once more from the
-    tokens that went in.
+    Its fused kernel shows neither values nor weights nor what enters W_O, so these are computed
+    once more from the tokens that went in.
     """
 
     def __init__(self, module: Any) -> None:
@@ -40,6 +40,10 @@ class TorchAttention(Attention):
 
     def keys(self, call: Call) -> Tensor:
         return self._project(call.input, 1)
+
+    def coefficients(self, call: Call, rows: slice) -> Tensor:
+        # The kernel reads W_O's weight without calling the module, so no hook sees what enters it.
+        return self.mixed(call, rows)
 
     def scale(self) -> float:
         module: Any = self.module

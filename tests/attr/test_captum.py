@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import pickle
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -215,6 +216,8 @@ class TestConformance:
         plain = method.attribute(pixels(), TARGET)
         assert torch.equal(copy.copy(method).attribute(pixels(), TARGET), plain)
         assert torch.equal(copy.deepcopy(method).attribute(pixels(), TARGET), plain)
+        sent = pickle.loads(pickle.dumps(method))
+        assert torch.equal(sent.attribute(pixels(), TARGET), plain)
 
     def test_bfloat16_inside_a_noise_tunnel(self, name: str) -> None:
         """NoiseTunnel adds float32 noise, which must not reach a half-precision model."""

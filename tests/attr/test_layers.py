@@ -8,7 +8,7 @@ import pytest
 import torch
 from captum.attr import LayerActivation
 from cases import Case, case
-from families import FAMILIES, WITHOUT_COEFFICIENTS, WITHOUT_DIRECTIONS, images, tiny
+from families import FAMILIES, WITHOUT_DIRECTIONS, images, tiny
 from oracle import holding
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -139,10 +139,6 @@ def test_every_memory_of_every_token(family: str, branch: str) -> None:
     part = known.vit.blocks[1]
     layer = (part.attentions if branch == "attn" else part.mlps)[0].module  # type: ignore[attr-defined]
     method = LayerMemoryContribution(known.vit, layer)
-    if branch == "attn" and family in WITHOUT_COEFFICIENTS:
-        with pytest.raises(UnsupportedModelError, match="memory coefficients"):
-            method.attribute(known.images, known.target)
-        return
     scores = method.attribute(known.images, known.target)
     count = known.oracle.trace.resid_post[-1].shape[1]
     assert scores.shape[:2] == (2, count)

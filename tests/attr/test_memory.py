@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import case
-from families import CLASSES, FAMILIES, WITHOUT_COEFFICIENTS, WITHOUT_LEDGER, build, images, tiny
+from families import CLASSES, FAMILIES, WITHOUT_LEDGER, build, images, tiny
 from torch import Tensor
 
 from captum_classemb import MemoryPatchImportance
@@ -94,10 +94,6 @@ def test_without_biases_no_bias_is_left(family: str) -> None:
 
 def test_entries_by_memory(family: str) -> None:
     known = case(family)
-    if family in WITHOUT_COEFFICIENTS:
-        with pytest.raises(UnsupportedModelError, match="memory coefficients cannot be recorded"):
-            MemoryPatchImportance(known.vit).ledger(known.images, 1, memories=True)
-        return
     ledger = MemoryPatchImportance(known.vit).ledger(known.images, known.target, memories=True)
     assert ledger.mlp_memories is not None and ledger.attention_memories is not None
     scale = float(ledger.magnitude.max())
