@@ -139,7 +139,7 @@ def polar_path(axis: Axes, paths: Mapping[str, tuple[Floats, Floats]], title: st
         )  # fmt: skip
     widest = max(float(np.max(angle)) for _, angle in paths.values())
     farthest = max(float(np.max(radius)) for radius, _ in paths.values())
-    half = np.pi / 2 if widest <= np.pi / 2 else np.pi
+    half = max(np.pi / 2, np.ceil(widest / (np.pi / 6)) * np.pi / 6)
     axis.set_thetamin(0)  # type: ignore[attr-defined]
     axis.set_thetamax(np.rad2deg(half))  # type: ignore[attr-defined]
     axis.set_rlim(0, 1.08 * farthest)  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,16 @@ PAGE = (ROOT / "docs" / "how_vits_work.md").read_text(encoding="utf-8")
 
 def read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def test_models_side_by_side() -> None:
+    path = ROOT / "benchmarks" / "dynamics_table.py"
+    spec = importlib.util.spec_from_file_location("dynamics_table", path)
+    assert spec is not None and spec.loader is not None
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    models = {name: read(name) for name in ("ResNet", "ViT", "AlterNet", "demo")}
+    assert table.side_by_side(models) in PAGE
 
 
 def test_counts_of_blocks_on_photographs() -> None:
