@@ -271,7 +271,7 @@ class TrajectoryStudy(LossStudy):
         polar_path(axis, {self.subject.name: (column("radius"), column("angle"))})
         curvature, beside = one_axis()
         largest = column("largest_eigenvalue")
-        lines = {self.subject.name: (np.arange(len(largest)), largest)}
+        lines = {self.subject.name: (np.arange(len(largest), dtype=float), largest)}
         by_epoch(beside, lines, "largest eigenvalue of the loss Hessian")
         beside.set_xlabel("checkpoint")
         return {"trajectory": figure, "trajectory-hessian": curvature}

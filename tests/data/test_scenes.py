@@ -26,15 +26,15 @@ def texture_table(dataset: Scenes) -> np.ndarray:
     return table
 
 
-def test_item_is_image_label_mask_and_name() -> None:
-    image, label, mask, name = Scenes("val", length=30)[17]
+def test_item_is_image_label_mask_name_and_condition() -> None:
+    image, label, mask, name, condition = Scenes("val", length=30)[17]
     assert image.shape == (3, 64, 64) and image.dtype == torch.float32
     assert 0 <= image.min() < image.max() <= 1
     assert torch.equal(image, (image * 255).round() / 255)
     assert label == 7
     assert mask is not None and mask.shape == (64, 64) and mask.dtype == torch.uint8
     assert set(mask.unique().tolist()) == {0, 1}
-    assert name == "val_000017"
+    assert name == "val_000017" and condition == ""
 
 
 def test_item_depends_on_seed_split_and_index_only() -> None:
