@@ -90,7 +90,7 @@ def _distilled() -> nn.Module:
     return VisionTransformerDistilled(**SMALL)
 
 
-def _torchvision() -> nn.Module:
+def torchvision_vit(num_classes: int = CLASSES) -> nn.Module:
     models = pytest.importorskip("torchvision.models")
     model: nn.Module = models.VisionTransformer(
         image_size=32,
@@ -99,7 +99,7 @@ def _torchvision() -> nn.Module:
         num_heads=3,
         hidden_dim=24,
         mlp_dim=48,
-        num_classes=CLASSES,
+        num_classes=num_classes,
     )
     return model
 
@@ -217,7 +217,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
         _naflex, class_token=True, reg_tokens=1, global_pool="token", init_values=0.1
     ),
     "cait": partial(_other, Cait, init_values=0.1, depth_token_only=3, qkv_bias=True),
-    "torchvision": _torchvision,
+    "torchvision": torchvision_vit,
     "hugging face, eager": partial(_huggingface, "eager"),
     "hugging face, sdpa": partial(_huggingface, "sdpa"),
     "hugging face, no qkv bias": partial(_huggingface, "sdpa", qkv_bias=False),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import timm
 import torch
+from families import torchvision_vit
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
@@ -24,20 +26,6 @@ SMALL: dict[str, Any] = {
     "num_heads": 3,
     "num_classes": 5,
 }
-
-
-def _torchvision() -> nn.Module:
-    models = pytest.importorskip("torchvision.models")
-    model: nn.Module = models.VisionTransformer(
-        image_size=32,
-        patch_size=8,
-        num_layers=3,
-        num_heads=3,
-        hidden_dim=24,
-        mlp_dim=48,
-        num_classes=5,
-    )
-    return model
 
 
 def _huggingface() -> nn.Module:
@@ -76,7 +64,7 @@ STREAMS: dict[str, Callable[[], nn.Module]] = {
     "registers and layer scale": lambda: _timm(reg_tokens=2, init_values=0.5),
     "query and key norms": lambda: _timm(qk_norm=True),
     "distilled": lambda: VisionTransformerDistilled(**SMALL),
-    "torchvision": _torchvision,
+    "torchvision": partial(torchvision_vit, 5),
     "hugging face": _huggingface,
     "rotary positions": _rotary,
     "class attention": lambda: _created("cait_xxs24_224"),

@@ -6,6 +6,7 @@ from types import MethodType
 
 import pytest
 import torch
+from families import torchvision_vit
 from torch import Tensor, nn
 
 from captum_classemb.attr.baselines import AttnLRP
@@ -13,17 +14,8 @@ from captum_classemb.functional.removal import patch_sums
 
 
 def _small() -> nn.Module:
-    models = pytest.importorskip("torchvision.models")
     torch.manual_seed(0)
-    model: nn.Module = models.VisionTransformer(
-        image_size=32,
-        patch_size=8,
-        num_layers=3,
-        num_heads=3,
-        hidden_dim=24,
-        mlp_dim=48,
-        num_classes=5,
-    )
+    model = torchvision_vit(5)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model.double().eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import families
@@ -34,20 +35,6 @@ def _timm(**options: Any) -> nn.Module:
     return model
 
 
-def _torchvision() -> nn.Module:
-    models = pytest.importorskip("torchvision.models")
-    model: nn.Module = models.VisionTransformer(
-        image_size=32,
-        patch_size=8,
-        num_layers=3,
-        num_heads=3,
-        hidden_dim=24,
-        mlp_dim=48,
-        num_classes=5,
-    )
-    return model
-
-
 def _huggingface() -> nn.Module:
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
@@ -68,7 +55,7 @@ MODELS = {
     "mean": lambda: _timm(global_pool="avg", class_token=False),
     "mean with cls": lambda: _timm(global_pool="avg"),
     "registers and layer scale": lambda: _timm(reg_tokens=2, init_values=0.5),
-    "torchvision": _torchvision,
+    "torchvision": partial(families.torchvision_vit, 5),
     "hugging face": _huggingface,
 }
 
