@@ -273,7 +273,9 @@ def pareto(records: dict[str, Any], settings: dict[str, Any], path: Path) -> Non
 def _label(axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
     """Names beside their points, moved apart where they would lie over one another."""
     to_pixels, height = axes.transData.transform, 17.0
-    placed: list[tuple[float, float, float]] = []
+    # A point takes room too: a left edge, a height and a width.
+    marks = [to_pixels((x, y)) for x, y, _, _ in points]
+    placed: list[tuple[float, float, float]] = [(px - 8, py, 16) for px, py in marks]
     for x, y, name, colour in sorted(points, key=lambda p: -p[1]):
         px, py = to_pixels((x, y))
         width = 7.2 * len(name) + 14
