@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional import norm as norm_fn
@@ -192,8 +193,12 @@ class Norm(Step):
         return norm_fn.normalise(x, eps, self.kind)
 
     def __call__(self, x: Tensor) -> Tensor:
+        like = wide(x[..., :0])
+        gamma, beta = self._parameter("weight", like), self._parameter("bias", like)
+        if self.kind == "layer" and self.eps is not None:
+            x = self._split(wide(x))
+            return self._join(F.layer_norm(x, x.shape[-1:], gamma, beta, self.eps))
         y = self.state(x).x_hat
-        gamma, beta = self._parameter("weight", y), self._parameter("bias", y)
         y = y if gamma is None else y * gamma
         return self._join(y if beta is None else y + beta)
 
