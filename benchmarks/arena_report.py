@@ -281,7 +281,7 @@ def _label(axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
         width = 7.2 * len(name) + 14
         moves = [(0.0, s) for s in (0, 1, -1, 2, -2, 3, -3, 4, -4)]
         # The cheapest methods stand in a column at the left: their names go outside of it.
-        for side in (-1, 1) if x < 1.6 else (1, -1):
+        for side in (-1, 1) if x < 2 else (1, -1):
             for _, step in moves:
                 left = px + 10 if side == 1 else px - 10 - width
                 ty = py + step * height
