@@ -10,10 +10,10 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_classemb.attr._base import PatchAttribution, choose
-from captum_classemb.attr._heads import head_count, pick_heads, source_tangents, stack_heads
+from captum_classemb.attr._direct import direct_entries, direct_features
+from captum_classemb.attr._heads import head_count, pick_heads
 from captum_classemb.attr._inputs import TensorOrTuple, forward_args, images, like_inputs
 from captum_classemb.errors import InputError
-from captum_classemb.functional.attention import attention_contributions
 from captum_classemb.functional.ledger import LogitLedger
 from captum_classemb.functional.objectives import check_objective
 from captum_classemb.functional.precision import exact, wide
@@ -203,26 +203,8 @@ class MemoryPatchImportance(PatchAttribution):
         with exact(pixels.device):
             g = self._logit_weights(self._model_logits(recording), index)
             u = self.readout.hold(recording["final"][0]).pull(g)
-            entries = [self._attention_entries(recording, block, u)[0] for block in self.blocks]
+            entries = [_attention_entries(recording, block, u)[0] for block in self.blocks]
         return self._to_grid(pick_heads(torch.stack(entries, 1), self.heads), pixels)
-
-    def _attention_entries(
-        self, recording: Recording, block: int, u: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """A·v·(W_Oᵀu) by head and source token (B×H×N), and what biases on the way add (B)."""
-        entries, total = [], u.new_zeros(len(u))
-        parts = zip(
-            recording["attn_tail"][block],
-            recording["attention"][block],
-            recording["values"][block],
-            strict=True,
-        )
-        for tail, weights, values in parts:
-            z, bias = tail.pull_offsets(u)
-            heads = z.unflatten(-1, (values.shape[1], -1)).transpose(1, 2)
-            entries.append(attention_contributions(weights, values, heads))
-            total = total + bias
-        return stack_heads(entries), total
 
     def _ledger(
         self, pixels: Tensor, target: Any, args: tuple[Any, ...], memories: bool = False
@@ -238,7 +220,7 @@ class MemoryPatchImportance(PatchAttribution):
             u, bias = held.pull(g), held.offset(g)
             attention, mlp = [], []
             for block in range(len(self.vit.blocks)):
-                entries, offsets = self._attention_entries(recording, block, u)
+                entries, offsets = _attention_entries(recording, block, u)
                 attention.append(entries)
                 bias = bias + offsets
                 added, offsets = _mlp_entry(recording["mlp_tail"][block], u)
@@ -280,22 +262,13 @@ class MemoryPatchImportance(PatchAttribution):
     def _all_classes(
         self, recording: Recording, readout: ClassEmbedding, classes: Tensor | None
     ) -> Tensor:
-        """B×K×N: u is one direction for all blocks, so blocks add up before classes are read."""
+        """B×K×N: the features' change goes forward to all classes."""
+        tails, attention, values = (
+            [recording[site][block] for block in self.blocks]
+            for site in ("attn_tail", "attention", "values")
+        )
         final = recording["final"][0]
-        tangents: Tensor | None = None
-        shares = readout.row_weights(final)
-        for block in self.blocks:
-            values, tails = recording["values"][block], recording["attn_tail"][block]
-            by_part = []
-            for share in shares.unbind(1):
-                weights = [
-                    torch.einsum("bq,bhqn->bhn", share, a) for a in recording["attention"][block]
-                ]
-                by_part.append(source_tangents(values, tails, self.heads, weights, hold=True))
-            step = torch.stack(by_part, 1)
-            tangents = step if tangents is None else tangents + step
-        assert tangents is not None
-        features = readout.push_held(final, tangents)
+        features = direct_features(readout, final, tails, attention, values, self.heads)
         maps = features @ readout.head_weight(classes).T
         if self.objective == "log_probability":
             p = self._model_logits(recording).softmax(-1)
@@ -310,9 +283,15 @@ class MemoryPatchImportance(PatchAttribution):
         for c in wanted:
             g = self._logit_weights(logits, logits.new_full((len(logits),), c, dtype=torch.int64))
             u = held.pull(g)
-            entries = [self._attention_entries(recording, block, u)[0] for block in self.blocks]
+            entries = [_attention_entries(recording, block, u)[0] for block in self.blocks]
             maps.append(pick_heads(torch.stack(entries, 1), self.heads).sum((1, 2)))
         return torch.stack(maps, 1)
+
+
+def _attention_entries(recording: Recording, block: int, u: Tensor) -> tuple[Tensor, Tensor]:
+    """A·v·(W_Oᵀu) by head and source token (B×H×N), and what biases on the way add (B)."""
+    weights, values = recording["attention"][block], recording["values"][block]
+    return direct_entries(recording["attn_tail"][block], weights, values, u)
 
 
 def _mlp_entry(tails: Sequence[Chain], u: Tensor) -> tuple[Tensor, Tensor]:

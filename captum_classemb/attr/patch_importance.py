@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from captum_classemb.attr._base import PatchAttribution
+from captum_classemb.attr._direct import direct_entries, direct_features
 from captum_classemb.attr._heads import head_count, stack_heads
 from captum_classemb.attr._inputs import images
-from captum_classemb.attr.gradient import sum_outputs
-from captum_classemb.functional.importance import normalised, positive_evidence
-from captum_classemb.functional.objectives import Objective, logit_gradient, paper_weights
+from captum_classemb.errors import UnsupportedModelError
+from captum_classemb.functional.attention import attention_contributions
+from captum_classemb.functional.importance import combined
+from captum_classemb.functional.objectives import logit_gradient
 from captum_classemb.functional.precision import wide
-from captum_classemb.readout import Readout
+from captum_classemb.readout import ClassEmbedding, Readout
 from captum_classemb.vit import ALL, Recording, record
 from captum_classemb.vit.stream import (
     BlockDerivative,
@@ -33,20 +35,26 @@ _ROWS = 512
 class PatchImportance(PatchAttribution):
     """What speaks for the target in each patch: the map to reach for.
 
-    Two estimates of the evidence that attention carries from token j into the rows the readout
-    reads, relu(A · v_j · z) for each block and head, are each divided by their sum and added:
+    Three estimates of the evidence that attention carries from token j into the rows the readout
+    reads (the CLS token for most models), A · v_j · z for each block and head:
 
-    - *local*: z comes from the class embedding read at the block's own attention output, with the
-      objective that Vilas et al. (2023) published;
-    - *stream*: z is the exact derivative of log p along the rows that the readout reads (the CLS
-      token for most models), with all other tokens held constant. It is followed back through
-      norms, attention and MLPs of these rows alone, so no backward pass through the network is
-      needed.
+    - *stream*: z is the exact derivative of log p along these rows, with all other tokens held
+      constant, and only what speaks for the target counts: relu(A · v_j · z). The derivative is
+      followed back through norms, attention and MLPs of these rows alone, so no backward pass
+      through the network is needed;
+    - *logit*: z reads what goes straight to the target's logit, with every σ held: the entries of
+      the exact ledger of :class:`MemoryPatchImportance`;
+    - *contrast*: the same for log p, which sets the target against the other probable classes.
+
+    Each is divided by Σ|map| over patches, and with the shares s, d, c the map is (s + d + c)·√s.
+    A map says where evidence lies, not how much of it: its scale has no unit. Negative scores
+    speak against the target.
 
     Where the readout reads the patches themselves (mean or attention pooling), every row is read
     and following all of them would be a backward pass; the stream estimate then holds the branches
     of later blocks constant, and the derivative reaches each block along the residual stream
-    alone. The same is done where attention adds biases to query·key.
+    alone. The same is done where attention adds biases to query·key. For a readout that is not
+    affine with its norms held, its derivative stands in the ledger's place.
 
     Args:
         model (nn.Module): a supported Vision Transformer.
@@ -73,8 +81,8 @@ class PatchImportance(PatchAttribution):
         index = self._targets(target, pixels)
         # Derivatives along a few rows are taken by autograd, also inside inference_mode.
         with torch.inference_mode(False), torch.no_grad():
-            both = self._both(self._record(pixels, args), index)
-        return self._to_grid(both, pixels)
+            entries = self._entries(self._record(pixels, args), index)
+        return self._to_grid(entries, pixels)
 
     def _along_rows(self) -> bool:
         return runs_alone(self.vit, self.readout.reads)
@@ -86,38 +94,40 @@ class PatchImportance(PatchAttribution):
         sites = {"values": ALL, "attention": reads, "attn_tail": reads, "resid_post": reads}
         return record(self.vit, pixels, sites, forward_args=args)
 
-    def _both(self, recording: Recording, target: Tensor) -> Tensor:
-        """The two estimates, each divided by its sum, added: B×L×H×N."""
-        local, stream = [], []
-        deltas = self._local_derivatives(recording, target)
-        depth, along = len(deltas), self._along_rows()
-        final = recording["resid_post"][-1]
-        cotangent = _pull(self.readout.at(depth - 1, "resid_post"), final, target, "cross_entropy")
-        for block in reversed(range(depth)):
+    def _last(self) -> Readout:
+        return self.readout.at(len(self.vit.blocks) - 1, "resid_post")
+
+    def _entries(self, recording: Recording, target: Tensor) -> Tensor:
+        """The combined estimates of every block and head: B×L×H×N."""
+        readout, final = self._last(), recording["resid_post"][-1]
+        logits = readout(final)
+        one_hot = logit_gradient(logits, target, "logit")
+        contrast = logit_gradient(logits, target, "cross_entropy")
+        directions = [_direction(readout, final, g) for g in (one_hot, contrast)]
+        estimates = []
+        for step in self._stream(recording, readout.pull(final, contrast)):
+            values = recording["values"][step.block]
+            evidence = map(attention_contributions, step.weights, values, step.directions)
+            tails = recording["attn_tail"][step.block]
+            direct = [direct_entries(tails, step.weights, values, u)[0] for u in directions]
+            estimates.append(torch.stack([stack_heads(evidence).relu(), *direct]))
+        # Prefix tokens take no share, so that the map of the patches is on one scale.
+        prefix = self.vit.prefix_tokens
+        by_block = torch.stack(estimates[::-1], 2)
+        patches = combined(*by_block[..., prefix:].flatten(2, 3)).unflatten(1, by_block.shape[2:4])
+        return nn.functional.pad(patches, (prefix, 0))
+
+    def _stream(self, recording: Recording, cotangent: Tensor) -> Iterator[_Step]:
+        """Carry the derivative of the final rows back, last block first."""
+        along = self._along_rows()
+        for block in reversed(range(len(self.vit.blocks))):
             if along:
                 derivative = block_derivative(self.vit, recording, block, self.readout.reads)
-                weights = derivative.weights
                 cotangent, directions = derivative.pull(cotangent)
+                yield _Step(block, derivative.weights, directions)
             else:
-                weights = recording["attention"][block]
                 directions = _directions(recording, block, cotangent)
-            values = recording["values"][block]
-            here = _directions(recording, block, deltas[block])
-            local.append(stack_heads(map(_evidence, weights, here, values)))
-            stream.append(stack_heads(map(_evidence, weights, directions, values)))
-        local_, stream_ = (torch.stack(parts[::-1], 1) for parts in (local, stream))
-        return normalised(local_, (1, 2, 3)) + normalised(stream_, (1, 2, 3))
-
-    def _local_derivatives(self, recording: Recording, target: Tensor) -> Sequence[Tensor]:
-        """∂score/∂attn_out of each block: B×Q×D."""
-        outputs = [sum_outputs(tails) for tails in recording["attn_tail"]]
-        readouts = [self.readout.at(block, "attn_out") for block in range(len(outputs))]
-        if any(readout is not readouts[0] for readout in readouts):
-            pairs = zip(readouts, outputs, strict=True)
-            return [_pull(readout, rows, target, "paper") for readout, rows in pairs]
-        # One product with the class embedding for all blocks instead of one for each.
-        stacked = torch.cat(outputs)
-        return _pull(readouts[0], stacked, target.repeat(len(outputs)), "paper").chunk(len(outputs))
+                yield _Step(block, recording["attention"][block], directions)
 
     # -- Many classes share the forward pass. What a block does to a cotangent is linear, so where
     # there are more classes than dimensions it is followed back for the dimensions alone.
@@ -130,36 +140,56 @@ class PatchImportance(PatchAttribution):
         if index is None:
             index = torch.arange(self.readout.num_classes, device=pixels.device)
         with torch.inference_mode(False), torch.no_grad():
-            recording = self._record(pixels)
-            if self._along_rows() and _rows_alike(recording):
-                maps = self._all_classes(recording, index)
+            recording, readout = self._record(pixels), self._last()
+            one_way = self._along_rows() and _rows_alike(recording)
+            if one_way and isinstance(readout, ClassEmbedding):
+                maps = self._all_classes(recording, readout, index)
             else:
                 maps = torch.stack([self._one_class(recording, int(c)) for c in index], 1)
         return self._to_grid(maps, pixels)
 
     def _one_class(self, recording: Recording, c: int) -> Tensor:
         target = torch.full((len(recording.logits),), c, device=recording.logits.device)
-        return self._both(recording, target).sum((1, 2))
+        return self._entries(recording, target).sum((1, 2))
 
-    def _all_classes(self, recording: Recording, classes: Tensor) -> Tensor:
+    def _all_classes(
+        self, recording: Recording, readout: ClassEmbedding, classes: Tensor
+    ) -> Tensor:
         """B×K×N: matrix products over classes for each block."""
-        depth, rows = len(self.vit.blocks), self.readout.reads
         final = recording["resid_post"][-1]
-        last = self.readout.at(depth - 1, "resid_post")
-        cotangents = _pull_classes(last, final, classes, "cross_entropy")
-        followed = _Followed(cotangents)
-        local, stream = _Evidence(cotangents), _Evidence(cotangents)
-        for block in reversed(range(depth)):
+        p = readout(final).softmax(-1)
+        cotangents = readout.pull_each(final, classes) - readout.pull(final, p)[:, None]
+        followed, evidence = _Followed(cotangents), _Evidence(cotangents)
+        attention = []
+        for block in reversed(range(len(self.vit.blocks))):
+            rows = self.readout.reads
             derivative = block_derivative(self.vit, recording, block, rows, followed.at_once)
-            outputs = sum_outputs(recording["attn_tail"][block])
-            readout = self.readout.at(block, "attn_out")
-            deltas = _pull_classes(readout, outputs, classes, "paper")
-            here = _directions(recording, block, deltas.flatten(1, 2))
-            values, weights = recording["values"][block], derivative.weights
+            attention.append(derivative.weights)
+            values = recording["values"][block]
             for module, directions in enumerate(followed.pull(derivative)):
-                local.add(weights[module], here[module], values[module])
-                stream.add(weights[module], directions, values[module])
-        return normalised(local.total(), (2,)) + normalised(stream.total(), (2,))
+                evidence.add(derivative.weights[module], directions, values[module])
+        features = direct_features(
+            readout,
+            final,
+            recording["attn_tail"],
+            attention[::-1],
+            recording["values"],
+            range(head_count(self.vit)),
+        )
+        logit = features @ readout.head_weight(classes).T
+        contrast = logit - features @ (p @ readout.head_weight())[..., None]
+        prefix = self.vit.prefix_tokens
+        parts = (evidence.total(), logit.transpose(1, 2), contrast.transpose(1, 2))
+        patches = combined(*(part[..., prefix:].flatten(0, 1)[:, None] for part in parts))
+        return nn.functional.pad(patches[:, 0].unflatten(0, p.shape[:1] + (-1,)), (prefix, 0))
+
+
+class _Step(NamedTuple):
+    """A block on the way back: A (B×H×Q×N) and the cotangents of A·V (B×H×Q×d) of its modules."""
+
+    block: int
+    weights: Sequence[Tensor]
+    directions: Sequence[Tensor]
 
 
 class _Followed:
@@ -244,25 +274,13 @@ def _rows_alike(recording: Recording) -> bool:
     return all(tail.uniform or tail.output.shape[1] == 1 for tail in tails)
 
 
-def _pull(readout: Readout, rows: Tensor, target: Tensor, objective: Objective) -> Tensor:
-    """The derivative of the objective with respect to the rows: B×Q×D."""
-    gradient = logit_gradient(readout(rows), target, objective)
-    pulled: Tensor = readout.pull(rows, gradient)
-    return pulled
-
-
-def _pull_classes(
-    readout: Readout,
-    rows: Tensor,
-    classes: Tensor,
-    objective: Literal["paper", "cross_entropy"],
-) -> Tensor:
-    """The same for K classes: B×K×Q×D, from ∂logit_c, p and r alone."""
-    p, r = paper_weights(readout(rows))
-    cotangents = readout.pull_each(rows, classes) - readout.pull(rows, p)[:, None]
-    if objective == "cross_entropy":
-        return cotangents
-    return cotangents * p[:, classes, None, None] - readout.pull(rows, r)[:, None]
+def _direction(readout: Readout, rows: Tensor, g: Tensor) -> Tensor:
+    """How the rows reach Σ_c g_c·logit_c with every σ held: B×Q×D."""
+    try:
+        return readout.hold(rows).pull(g)
+    except UnsupportedModelError:
+        pulled: Tensor = readout.pull(rows, g)
+        return pulled
 
 
 def _directions(recording: Recording, block: int, delta: Tensor) -> list[Tensor]:
@@ -272,8 +290,3 @@ def _directions(recording: Recording, block: int, delta: Tensor) -> list[Tensor]
         tail.pull(delta).unflatten(-1, (values.shape[1], -1)).transpose(1, 2)
         for tail, values in pairs
     ]
-
-
-def _evidence(weights: Tensor, directions: Tensor, values: Tensor) -> Tensor:
-    """B×H×N along the cotangents of A·V."""
-    return positive_evidence(weights, directions @ wide(values).transpose(-2, -1))

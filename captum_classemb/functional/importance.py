@@ -1,37 +1,35 @@
-"""Positive evidence of patches, and how estimates of it are put on one scale."""
+"""How several estimates of a patch's evidence become one map."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["normalised", "positive_evidence"]
+__all__ = ["combined"]
 
 
-def positive_evidence(weights: Tensor, gradient: Tensor) -> Tensor:
-    """relu(Σ_q A[q, j] · ∂score/∂A[q, j]): what speaks for the target in each token.
+def combined(stream: Tensor, *direct: Tensor) -> Tensor:
+    """(s + d₁ + d₂ + …)·√s, where each estimate is divided by Σ|map| first.
+
+    Estimates come on scales of their own, so each counts by its share. The factor √s keeps what
+    the direct estimates say of a patch only as far as the stream confirms that the patch matters.
 
     Args:
-        weights: A, …×Q×N.
-        gradient: the derivative of the target's score with respect to A, …×Q×N.
+        stream: evidence that is nowhere negative, B×E×N; its map is the sum over E.
+        direct: further estimates of either sign, B×E×N.
 
     Returns:
-        …×N.
+        B×E×N; an estimate without any evidence adds nothing.
 
     Examples:
-        >>> positive_evidence(torch.tensor([[0.5, 0.5]]), torch.tensor([[2.0, -1.0]]))
-        tensor([1., 0.])
+        >>> stream = torch.tensor([[[1.0, 3.0]]])
+        >>> combined(stream, torch.tensor([[[2.0, -2.0]]]))
+        tensor([[[0.3750, 0.2165]]])
     """
-    return (weights * gradient).sum(-2).relu()
+    shares = [_share(estimate) for estimate in (stream, *direct)]
+    return torch.stack(shares).sum(0) * shares[0].sum(1, keepdim=True).sqrt()
 
 
-def normalised(evidence: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Evidence divided by its sum over ``dims``; where there is none it stays 0.
-
-    Examples:
-        >>> normalised(torch.tensor([[1.0, 3.0], [0.0, 0.0]]), (1,))
-        tensor([[0.2500, 0.7500],
-                [0.0000, 0.0000]])
-    """
-    total = evidence.sum(dims, keepdim=True)
-    return evidence / torch.where(total > 0, total, 1.0)
+def _share(estimate: Tensor) -> Tensor:
+    total = estimate.sum(1, keepdim=True).abs().sum(2, keepdim=True)
+    return estimate / torch.where(total > 0, total, 1.0)

@@ -56,6 +56,8 @@ def logit_gradient(logits: Tensor, target: Tensor, objective: Objective) -> Tens
     if objective == "logit":
         return one_hot
     if objective == "cross_entropy":
-        return one_hot - logits.softmax(-1)
+        # 1 − p_c as the sum of the others: where p_c rounds to 1 they are still told apart.
+        others = logits.softmax(-1).scatter(-1, target[..., None], 0.0)
+        return one_hot * others.sum(-1, keepdim=True) - others
     p, r = paper_weights(logits)
     return p.gather(-1, target[..., None]) * (one_hot - p) - r

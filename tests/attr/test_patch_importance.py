@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from families import torchvision_vit
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
+from captum_classemb.attr import MemoryPatchImportance
 from captum_classemb.attr.patch_importance import PatchImportance
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.vit import ViT, adapt, record
@@ -95,14 +97,13 @@ def batch(vit: ViT | None = None) -> tuple[Tensor, Tensor]:
     return images, torch.tensor([3, 1])
 
 
-def on_grid(vit: ViT, images: Tensor, tokens: Tensor) -> Tensor:
-    grid = vit.grid((images.shape[2], images.shape[3]))
-    patches: Tensor = tokens[..., vit.prefix_tokens :].unflatten(-1, grid)
-    return patches
+def on_grid(vit: ViT, images: Tensor, patches: Tensor) -> Tensor:
+    unflat: Tensor = patches.unflatten(-1, vit.grid((images.shape[2], images.shape[3])))
+    return unflat
 
 
 def evidence(vit: ViT, images: Tensor, gradients: list[Tensor], rows: slice) -> Tensor:
-    """relu(Σ_q A·v·(W_Oᵀ g)) of each block from gradients of what W_O returns: B×L×H×N."""
+    """Σ_q A·v·(W_Oᵀ g) of each block from gradients of what W_O returns, of patches: B×L×H×P."""
     recording = record(vit, images, {"values": slice(None), "attention": rows})
     maps = []
     for block, gradient in enumerate(gradients):
@@ -110,8 +111,8 @@ def evidence(vit: ViT, images: Tensor, gradients: list[Tensor], rows: slice) -> 
         z = gradient[:, rows] @ attention.proj.weight
         z = z.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
         (a,), (v,) = recording["attention"][block], recording["values"][block]
-        maps.append((a * (z @ v.transpose(-2, -1))).sum(2).relu())
-    return torch.stack(maps, 1)
+        maps.append((a * (z @ v.transpose(-2, -1))).sum(2))
+    return torch.stack(maps, 1)[..., vit.prefix_tokens :]
 
 
 def detached_gradients(vit: ViT, images: Tensor, target: Tensor, rows: slice) -> list[Tensor]:
@@ -137,26 +138,35 @@ def detached_gradients(vit: ViT, images: Tensor, target: Tensor, rows: slice) ->
     return list(torch.autograd.grad(log_p, outputs))
 
 
-def local_gradients(vit: ViT, images: Tensor, target: Tensor) -> list[Tensor]:
-    """∂ of the published objective, read at each block's own attention output."""
-    recording = record(vit, images, ["attn_out", "attn_tail"])
+def through_the_residual_stream(vit: ViT, rows: slice, u: Tensor, tokens: int) -> list[Tensor]:
+    """Gradients of what W_O returns if the final rows have gradient u and nothing else moves."""
+    whole = torch.zeros(len(u), tokens, u.shape[2], dtype=torch.float64)
+    whole[:, rows] = u
     gradients = []
-    for block, out in enumerate(recording["attn_out"]):
-        (attention,) = vit.blocks[block].attentions
-        leaf = recording["attn_tail"][block][0].trace[1].clone().requires_grad_(True)
-        x = leaf
-        for step in attention.outer:
+    for block in vit.blocks:
+        x = leaf = torch.zeros_like(whole).requires_grad_(True)
+        for step in block.attentions[0].outer:
             x = step(x)
-        assert torch.allclose(x, out)
-        p = vit.readout(x[:, vit.readout.reads]).softmax(-1)
-        score = p.log_softmax(-1).gather(1, target[:, None]).sum()
-        gradients += torch.autograd.grad(score, leaf)
+        gradients += torch.autograd.grad(x, leaf, whole)
     return gradients
 
 
-def both(local: Tensor, stream: Tensor) -> Tensor:
-    shares = [part / part.sum((1, 2, 3), keepdim=True) for part in (local, stream)]
-    return shares[0] + shares[1]
+def direct_evidence(vit: ViT, images: Tensor, target: Tensor) -> list[Tensor]:
+    """The ledger's attention entries of the patches for z_c and for log p_c: B×L×H×P each."""
+    estimates = []
+    for objective in ("logit", "log_probability"):
+        ledger = MemoryPatchImportance(vit, objective=objective).ledger(images, target)
+        estimates.append(ledger.attention[..., vit.prefix_tokens :])
+    return estimates
+
+
+def by_hand(stream: Tensor, logit: Tensor, contrast: Tensor) -> Tensor:
+    """(s + d + c)·√s for each image by itself."""
+    maps = []
+    for parts in zip(stream.relu(), logit, contrast, strict=True):
+        shares = [part / part.sum((0, 1)).abs().sum() for part in parts]
+        maps.append((shares[0] + shares[1] + shares[2]) * shares[0].sum((0, 1)).sqrt())
+    return torch.stack(maps)
 
 
 @pytest.mark.parametrize("name", STREAMS)
@@ -166,11 +176,10 @@ def test_the_stream_is_that_of_autograd_with_other_tokens_detached(name: str) ->
     rows = vit.readout.reads
     assert runs_alone(vit, rows)
     stream = evidence(vit, images, detached_gradients(vit, images, target, rows), rows)
-    local = evidence(vit, images, local_gradients(vit, images, target), rows)
-    expected = on_grid(vit, images, both(local, stream))
+    expected = on_grid(vit, images, by_hand(stream, *direct_evidence(vit, images, target)))
     found = PatchImportance(vit).attribute_patches(images, target)
-    assert (found - expected).abs().max() <= 1e-9 * expected.max()
-    assert stream[:, :-1].sum() > 1e-3 * stream.sum(), "earlier blocks must take part"
+    assert (found - expected).abs().max() <= 1e-9 * expected.abs().max()
+    assert stream[:, :-1].abs().sum() > 1e-3 * stream.abs().sum(), "earlier blocks must take part"
 
 
 @pytest.mark.parametrize("name", POOLED)
@@ -179,23 +188,34 @@ def test_a_pooled_readout_holds_the_branches_of_later_blocks(name: str) -> None:
     images, target = batch(vit)
     rows = vit.readout.reads
     assert not runs_alone(vit, rows)
-    final = record(vit, images, {"final": rows})["final"][0].clone().requires_grad_(True)
+    recording = record(vit, images, {"final": rows, "embedding": slice(None)})
+    final = recording["final"][0].clone().requires_grad_(True)
     log_p = vit.readout(final).log_softmax(-1).gather(1, target[:, None]).sum()
     (g,) = torch.autograd.grad(log_p, final)
-    shape = record(vit, images, ["embedding"])["embedding"][0].shape
-    whole = torch.zeros(shape, dtype=torch.float64)
-    whole[:, rows] = g
-    gradients = []
-    for block in vit.blocks:
-        x = leaf = torch.zeros_like(whole).requires_grad_(True)
-        for step in block.attentions[0].outer:
-            x = step(x)
-        gradients += torch.autograd.grad(x, leaf, whole)
-    stream = evidence(vit, images, gradients, rows)
-    local = evidence(vit, images, local_gradients(vit, images, target), rows)
-    expected = on_grid(vit, images, both(local, stream))
+    tokens = recording["embedding"][0].shape[1]
+    stream = evidence(vit, images, through_the_residual_stream(vit, rows, g, tokens), rows)
+    expected = on_grid(vit, images, by_hand(stream, *direct_evidence(vit, images, target)))
     found = PatchImportance(vit).attribute_patches(images, target)
-    assert (found - expected).abs().max() <= 1e-9 * expected.max()
+    assert (found - expected).abs().max() <= 1e-9 * expected.abs().max()
+
+
+def test_a_readout_without_a_ledger_gives_its_derivative() -> None:
+    vit = build(lambda: _timm(global_pool="max"))
+    images, target = batch()
+    rows = vit.readout.reads
+    recording = record(vit, images, {"final": rows, "embedding": slice(None)})
+    final = recording["final"][0].clone().requires_grad_(True)
+    logit = vit.readout(final).gather(1, target[:, None]).sum()
+    log_p = vit.readout(final).log_softmax(-1).gather(1, target[:, None]).sum()
+    tokens = recording["embedding"][0].shape[1]
+    plain, contrast = (
+        evidence(vit, images, through_the_residual_stream(vit, rows, g, tokens), rows)
+        for score in (logit, log_p)
+        for g in torch.autograd.grad(score, final)
+    )
+    expected = on_grid(vit, images, by_hand(contrast, plain, contrast))
+    found = PatchImportance(vit).attribute_patches(images, target)
+    assert (found - expected).abs().max() <= 1e-9 * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", [*STREAMS, *POOLED])
@@ -212,15 +232,29 @@ def test_all_classes_at_once_equal_one_at_a_time(name: str) -> None:
     assert torch.allclose(some, together[:, [4, 0]], rtol=1e-9, atol=1e-12)
 
 
-def test_every_estimate_adds_one_and_nothing_is_negative() -> None:
+def test_pixels_share_the_sum_of_blocks_and_heads() -> None:
     vit = build(_timm)
     images, target = batch()
     maps = PatchImportance(vit).attribute_patches(images, target)
-    assert maps.shape == (2, 3, 3, 4, 4) and (maps >= 0).all()
-    assert (maps.sum((1, 2, 3, 4)) <= 2).all()
+    assert maps.shape == (2, 3, 3, 4, 4)
     pixels = PatchImportance(vit).attribute(images, target)
     assert pixels.shape == images.shape
     assert torch.allclose(pixels.sum((1, 2, 3)), maps.sum((1, 2, 3, 4)))
+
+
+def test_a_prediction_that_is_all_but_certain_keeps_its_contrast() -> None:
+    """p_c rounds to 1 in float32: what is left for the others must still be told apart."""
+    vit = build(_timm)
+    images, _ = batch()
+    target = vit(images).argmax(1)
+    head = vit.model.head
+    head.bias.data.zero_()
+    head.weight.data.mul_(25 / vit(images).sort(1).values.diff()[:, -1].min())
+    assert (vit(images).float().softmax(-1).amax(1) == 1).all()
+    expected = PatchImportance(vit).attribute_patches(images, target)
+    single = copy.deepcopy(vit.model).float()
+    found = PatchImportance(single).attribute_patches(images.float(), target)
+    assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 
 def test_the_model_and_the_surrounding_modes_are_left_alone() -> None:

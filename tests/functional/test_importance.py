@@ -1,0 +1,29 @@
+"""The combined map by hand."""
+
+from __future__ import annotations
+
+import torch
+
+from captum_classemb.functional.importance import combined
+
+
+def test_shares_add_and_the_stream_confirms() -> None:
+    stream = torch.tensor([[[1.0, 2.0, 0.0], [0.0, 1.0, 0.0]]])
+    direct = torch.tensor([[[2.0, 0.0, -1.0], [0.0, -4.0, 3.0]]])
+    # Maps [1, 3, 0] and [2, -4, 2]: sums of absolute values 4 and 8.
+    factor = torch.tensor([0.25, 0.75, 0.0]).sqrt()
+    expected = (stream / 4 + direct / 8) * factor
+    assert torch.allclose(combined(stream, direct), expected)
+    assert torch.allclose(combined(stream, direct, direct), (stream / 4 + direct / 4) * factor)
+
+
+def test_the_scale_of_an_estimate_does_not_matter() -> None:
+    stream, direct = torch.rand(2, 3, 5), torch.randn(2, 3, 5)
+    assert torch.allclose(combined(7 * stream, 0.01 * direct), combined(stream, direct))
+
+
+def test_an_estimate_without_evidence_adds_nothing() -> None:
+    stream, direct = torch.rand(1, 2, 4), torch.zeros(1, 2, 4)
+    share = stream / stream.sum()
+    assert torch.allclose(combined(stream, direct), share * share.sum(1, keepdim=True).sqrt())
+    assert (combined(direct, stream) == 0).all()
