@@ -136,8 +136,11 @@ class PatchAttribution(Attribution):  # type: ignore[misc]
 
     def _to_grid(self, tokens: Tensor, pixels: Tensor) -> Tensor:
         """…×N scores of tokens to …×h×w scores of patches."""
+        return self._on_grid(tokens[..., self.vit.prefix_tokens :], pixels)
+
+    def _on_grid(self, patches: Tensor, pixels: Tensor) -> Tensor:
+        """…×(N − P) scores of patches to …×h×w."""
         h, w = self.vit.grid((pixels.shape[2], pixels.shape[3]))
-        patches = tokens[..., self.vit.prefix_tokens :]
         if patches.shape[-1] != h * w:
             raise InputError(
                 f"the model made {patches.shape[-1]} patches of an image of "

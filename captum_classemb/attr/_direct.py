@@ -7,34 +7,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from captum_classemb.attr._heads import source_tangents, stack_heads
-from captum_classemb.functional.attention import attention_contributions
+from captum_classemb.attr._heads import source_tangents
 from captum_classemb.readout import Chain, ClassEmbedding
 
-__all__ = ["direct_entries", "direct_features"]
+__all__ = ["direct_features", "directions_of_heads"]
 
 
-def direct_entries(
-    tails: Sequence[Chain], weights: Sequence[Tensor], values: Sequence[Tensor], u: Tensor
-) -> tuple[Tensor, Tensor]:
-    """A·v·(W_Oᵀu) of one block, with every σ on the way held.
+def directions_of_heads(tails: Sequence[Chain], u: Tensor, heads: Sequence[int]) -> list[Tensor]:
+    """How the heads of each attention module reach u: z = W_Oᵀu, with every σ on the way held.
 
     Args:
-        tails: the way from A·V to the residual stream, for each attention module.
-        weights: A of the rows read, B×H×Q×N for each module.
-        values: v, B×H×N×d for each module.
-        u: the direction of the residual stream that is read, B×Q×D.
+        tails: the way from A·V to the residual stream, for each module.
+        u: E directions of the residual stream at the rows, B×E×Q×D.
+        heads: H of each module.
 
     Returns:
-        the entries of heads and source tokens, B×ΣH×N, and what biases on the way add, B.
+        B×E×H×Q×d for each module.
     """
-    entries, total = [], u.new_zeros(len(u))
-    for tail, a, v in zip(tails, weights, values, strict=True):
-        z, bias = tail.pull_offsets(u)
-        heads = z.unflatten(-1, (v.shape[1], -1)).transpose(1, 2)
-        entries.append(attention_contributions(a, v, heads))
-        total = total + bias
-    return stack_heads(entries), total
+    found = []
+    for tail, count in zip(tails, heads, strict=True):
+        if u.shape[2] == 1:
+            z = tail.pull(u[:, :, 0], hold=True)[:, :, None]
+        else:
+            z = torch.stack([tail.pull(rows, hold=True) for rows in u.unbind(1)], 1)
+        found.append(z.unflatten(-1, (count, -1)).transpose(2, 3))
+    return found
 
 
 def direct_features(
@@ -52,9 +49,9 @@ def direct_features(
     Args:
         readout: the class embedding; ``readout.head_weight`` reads the features.
         final: the rows read after the last block, B×Q×D.
-        tails: as for :func:`direct_entries`, block by block.
-        attention: A, likewise.
-        values: v, likewise.
+        tails: the ways from A·V to the residual stream, for each block and module.
+        attention: A of the rows, B×H×Q×N for each block and module.
+        values: v, B×H×N×d for each block and module.
         heads: the heads that count.
     """
     tangents: Tensor | None = None

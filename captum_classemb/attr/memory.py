@@ -10,10 +10,11 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_classemb.attr._base import PatchAttribution, choose
-from captum_classemb.attr._direct import direct_entries, direct_features
-from captum_classemb.attr._heads import head_count, pick_heads
+from captum_classemb.attr._direct import direct_features
+from captum_classemb.attr._heads import head_count, pick_heads, stack_heads
 from captum_classemb.attr._inputs import TensorOrTuple, forward_args, images, like_inputs
 from captum_classemb.errors import InputError
+from captum_classemb.functional.attention import attention_contributions
 from captum_classemb.functional.ledger import LogitLedger
 from captum_classemb.functional.objectives import check_objective
 from captum_classemb.functional.precision import exact, wide
@@ -290,8 +291,14 @@ class MemoryPatchImportance(PatchAttribution):
 
 def _attention_entries(recording: Recording, block: int, u: Tensor) -> tuple[Tensor, Tensor]:
     """A·v·(W_Oᵀu) by head and source token (B×H×N), and what biases on the way add (B)."""
-    weights, values = recording["attention"][block], recording["values"][block]
-    return direct_entries(recording["attn_tail"][block], weights, values, u)
+    entries, total = [], u.new_zeros(len(u))
+    sites = (recording[site][block] for site in ("attn_tail", "attention", "values"))
+    for tail, weights, values in zip(*sites, strict=True):
+        z, bias = tail.pull_offsets(u)
+        heads = z.unflatten(-1, (values.shape[1], -1)).transpose(1, 2)
+        entries.append(attention_contributions(weights, values, heads[:, None])[:, 0])
+        total = total + bias
+    return stack_heads(entries), total
 
 
 def _mlp_entry(tails: Sequence[Chain], u: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_classemb.attr._base import PatchAttribution
-from captum_classemb.attr._direct import direct_entries, direct_features
-from captum_classemb.attr._heads import head_count, stack_heads
+from captum_classemb.attr._direct import direct_features, directions_of_heads
+from captum_classemb.attr._heads import head_count
 from captum_classemb.attr._inputs import images
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.attention import attention_contributions
@@ -82,7 +82,7 @@ class PatchImportance(PatchAttribution):
         # Derivatives along a few rows are taken by autograd, also inside inference_mode.
         with torch.inference_mode(False), torch.no_grad():
             entries = self._entries(self._record(pixels, args), index)
-        return self._to_grid(entries, pixels)
+        return self._on_grid(entries, pixels)
 
     def _along_rows(self) -> bool:
         return runs_alone(self.vit, self.readout.reads)
@@ -98,24 +98,24 @@ class PatchImportance(PatchAttribution):
         return self.readout.at(len(self.vit.blocks) - 1, "resid_post")
 
     def _entries(self, recording: Recording, target: Tensor) -> Tensor:
-        """The combined estimates of every block and head: B×L×H×N."""
+        """The combined estimates of every block and head, for the patches: B×L×H×(N − P)."""
         readout, final = self._last(), recording["resid_post"][-1]
         logits = readout(final)
         one_hot = logit_gradient(logits, target, "logit")
         contrast = logit_gradient(logits, target, "cross_entropy")
-        directions = [_direction(readout, final, g) for g in (one_hot, contrast)]
+        u = torch.stack([_direction(readout, final, g) for g in (one_hot, contrast)], 1)
         estimates = []
         for step in self._stream(recording, readout.pull(final, contrast)):
-            values = recording["values"][step.block]
-            evidence = map(attention_contributions, step.weights, values, step.directions)
-            tails = recording["attn_tail"][step.block]
-            direct = [direct_entries(tails, step.weights, values, u)[0] for u in directions]
-            estimates.append(torch.stack([stack_heads(evidence).relu(), *direct]))
-        # Prefix tokens take no share, so that the map of the patches is on one scale.
-        prefix = self.vit.prefix_tokens
-        by_block = torch.stack(estimates[::-1], 2)
-        patches = combined(*by_block[..., prefix:].flatten(2, 3)).unflatten(1, by_block.shape[2:4])
-        return nn.functional.pad(patches, (prefix, 0))
+            values, tails = recording["values"][step.block], recording["attn_tail"][step.block]
+            direct = directions_of_heads(tails, u, [v.shape[1] for v in values])
+            by_module = []
+            for a, v, z, further in zip(step.weights, values, step.directions, direct, strict=True):
+                by_module.append(attention_contributions(a, v, torch.cat([z[:, None], further], 1)))
+            estimates.append(torch.cat(by_module, 2))
+        by_block = torch.stack(estimates[::-1], 2)[..., self.vit.prefix_tokens :]
+        stream, logit, against = by_block.flatten(2, 3).unbind(1)
+        by_head: Tensor = combined(stream.relu(), logit, against).unflatten(1, by_block.shape[2:4])
+        return by_head
 
     def _stream(self, recording: Recording, cotangent: Tensor) -> Iterator[_Step]:
         """Carry the derivative of the final rows back, last block first."""
@@ -146,7 +146,7 @@ class PatchImportance(PatchAttribution):
                 maps = self._all_classes(recording, readout, index)
             else:
                 maps = torch.stack([self._one_class(recording, int(c)) for c in index], 1)
-        return self._to_grid(maps, pixels)
+        return self._on_grid(maps, pixels)
 
     def _one_class(self, recording: Recording, c: int) -> Tensor:
         target = torch.full((len(recording.logits),), c, device=recording.logits.device)
@@ -155,7 +155,7 @@ class PatchImportance(PatchAttribution):
     def _all_classes(
         self, recording: Recording, readout: ClassEmbedding, classes: Tensor
     ) -> Tensor:
-        """B×K×N: matrix products over classes for each block."""
+        """B×K×(N − P): matrix products over classes for each block."""
         final = recording["resid_post"][-1]
         p = readout(final).softmax(-1)
         cotangents = readout.pull_each(final, classes) - readout.pull(final, p)[:, None]
@@ -178,10 +178,11 @@ class PatchImportance(PatchAttribution):
         )
         logit = features @ readout.head_weight(classes).T
         contrast = logit - features @ (p @ readout.head_weight())[..., None]
-        prefix = self.vit.prefix_tokens
-        parts = (evidence.total(), logit.transpose(1, 2), contrast.transpose(1, 2))
-        patches = combined(*(part[..., prefix:].flatten(0, 1)[:, None] for part in parts))
-        return nn.functional.pad(patches[:, 0].unflatten(0, p.shape[:1] + (-1,)), (prefix, 0))
+        estimates = (evidence.total(), logit.transpose(1, 2), contrast.transpose(1, 2))
+        patches = (part[..., self.vit.prefix_tokens :] for part in estimates)
+        maps = combined(*(part.flatten(0, 1)[:, None] for part in patches))
+        by_class: Tensor = maps[:, 0].unflatten(0, (len(p), -1))
+        return by_class
 
 
 class _Step(NamedTuple):

@@ -42,21 +42,23 @@ def attention_gradient(values: Tensor, direction: Tensor) -> Tensor:
     Returns:
         B×H×N.
     """
-    return torch.matmul(values.to(direction.dtype), direction[..., None])[..., 0]
+    return (direction[..., None, :] @ values.to(direction.dtype).transpose(-2, -1))[..., 0, :]
 
 
-def attention_contributions(weights: Tensor, values: Tensor, direction: Tensor) -> Tensor:
+def attention_contributions(weights: Tensor, values: Tensor, directions: Tensor) -> Tensor:
     """Σ_q A[k, q, j] · v_j^k · z_q^k: what each source token brings along the directions z.
 
     Args:
         weights: A, B×H×Q×N.
         values: v, B×H×N×d.
-        direction: z = W_O^kᵀ u_q, B×H×Q×d.
+        directions: z = W_O^kᵀ u_q for each of E directions u, B×E×H×Q×d.
 
     Returns:
-        B×H×N.
+        B×E×H×N.
     """
-    values = values.to(direction.dtype)
+    values = values.to(directions.dtype).transpose(-2, -1)
     if weights.shape[2] == 1:
-        return weights[:, :, 0] * attention_gradient(values, direction[:, :, 0])
-    return (weights * (direction @ values.transpose(-2, -1))).sum(2)
+        # One product reads the values once for all directions.
+        by_head = directions[:, :, :, 0].transpose(1, 2)
+        return (weights * (by_head @ values)).transpose(1, 2)
+    return torch.stack([(weights * (z @ values)).sum(2) for z in directions.unbind(1)], 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -67,16 +68,16 @@ def test_gradient_is_the_derivative_of_the_mix() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, Q])
-def test_contributions_by_loops(rows: int) -> None:
-    values, directions, weights = random(B, H, N, D), random(B, H, rows, D), random(B, H, rows, N)
+@pytest.mark.parametrize("several", [1, 3])
+def test_contributions_by_loops(rows: int, several: int) -> None:
+    values, weights = random(B, H, N, D), random(B, H, rows, N)
+    directions = random(B, several, H, rows, D)
     entries = attention_contributions(weights, values, directions)
-    for b in range(B):
-        for k in range(H):
-            for j in range(N):
-                looped = sum(
-                    weights[b, k, q, j] * (values[b, k, j] @ directions[b, k, q])
-                    for q in range(rows)
-                )
-                assert torch.isclose(entries[b, k, j], torch.as_tensor(looped), rtol=1e-12)
-    total = ((weights @ values) * directions).sum((2, 3))
+    assert entries.shape == (B, several, H, N)
+    for b, e, k, j in itertools.product(range(B), range(several), range(H), range(N)):
+        looped = sum(
+            weights[b, k, q, j] * (values[b, k, j] @ directions[b, e, k, q]) for q in range(rows)
+        )
+        assert torch.isclose(entries[b, e, k, j], torch.as_tensor(looped), rtol=1e-11)
+    total = ((weights @ values)[:, None] * directions).sum((3, 4))
     assert torch.allclose(entries.sum(-1), total, rtol=1e-11)
