@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,6 +18,7 @@ from captum_classemb.attr.baselines import (
     AttnLRP,
     CheferRelevance,
     LeGrad,
+    LinearProbeImportance,
     RawAttention,
     TokenOcclusion,
 )
@@ -27,16 +30,20 @@ from captum_classemb.functional.bootstrap import bootstrap_mean
 from captum_classemb.functional.removal import MEASURES
 from captum_classemb.metrics import BoxLocalisation, RemovalCurve
 from captum_classemb.metrics.removal import Perturbation
+from captum_classemb.readout import LinearProbe, load_readout
 from captum_classemb.studies.batches import Batch
 from captum_classemb.studies.model_study import ModelStudy, Subject
 from captum_classemb.studies.tables import Row, select
+from captum_classemb.vit import ViT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from captum_classemb.data import StudyDataset
+
 __all__ = ["METHODS", "FaithfulnessStudy"]
 
-METHODS: dict[str, Callable[[nn.Module], PatchAttribution]] = {
+METHODS: dict[str, Callable[..., PatchAttribution]] = {
     "patch-importance": PatchImportance,
     "class-embedding-gradient": ClassEmbeddingGradient,
     "memory-patch-importance": MemoryPatchImportance,
@@ -46,8 +53,10 @@ METHODS: dict[str, Callable[[nn.Module], PatchAttribution]] = {
     "rollout": AttentionRollout,
     "raw-attention": RawAttention,
     "token-occlusion": TokenOcclusion,
+    "linear-probe": LinearProbeImportance,
 }
 _DEFAULT = ("patch-importance", "class-embedding-gradient", "chefer", "rollout")
+_BY_PROBE = "linear-probe"
 _NOWHERE = (-1, "")
 
 
@@ -66,9 +75,14 @@ class FaithfulnessStudy(ModelStudy):
         methods: names of :data:`METHODS`.
         steps: evenly spaced points after the unperturbed one.
         perturbation: ``"tokens"``, ``"mean"`` or ``"blur"``.
+        probe: the file of linear probes that the method ``"linear-probe"`` reads patches with, of
+            every block of this model; as the study ``linear-probing`` writes it. Its probes should
+            have been fitted on other images than those of this study.
 
     Raises:
-        InputError: for an unknown method.
+        InputError: for an unknown method; if the method ``"linear-probe"`` and a probe do not come
+            together; if the probe was fitted to another model.
+        CheckpointError: if the file is missing, or holds no readout.
         UnsupportedModelError: if a method is not defined for the model.
     """
 
@@ -96,6 +110,13 @@ class FaithfulnessStudy(ModelStudy):
             show_default=True,
             help="Take tokens out, or paint pixels in the mean colour, or blur them.",
         ),
+        click.Option(
+            ["--probe"],
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="Linear probes for --method linear-probe: what study linear-probing writes with "
+            "--save-probes.",
+        ),
     )
 
     def __init__(
@@ -104,6 +125,7 @@ class FaithfulnessStudy(ModelStudy):
         methods: Sequence[str] = _DEFAULT,
         steps: int = 20,
         perturbation: Perturbation = "tokens",
+        probe: str | Path | None = None,
     ) -> None:
         super().__init__(subject)
         unknown = [method for method in methods if method not in METHODS]
@@ -113,7 +135,8 @@ class FaithfulnessStudy(ModelStudy):
             )
         self.methods = tuple(dict.fromkeys(methods))
         self.steps, self.perturbation = steps, perturbation
-        self.attributions = {method: METHODS[method](self.vit) for method in self.methods}
+        self.probe = self._load_probe(probe)
+        self.attributions = {method: self._attribution(method) for method in self.methods}
         self.metrics = nn.ModuleDict()
         for method in self.methods:
             self.metrics[f"curve {method}"] = RemovalCurve(self.vit, steps, perturbation)
@@ -124,8 +147,44 @@ class FaithfulnessStudy(ModelStudy):
             "methods": list(self.methods),
             "steps": self.steps,
             "perturbation": self.perturbation,
+            "probe": None if self.probe is None else _digest(self.probe),
         }
         return {**super().settings(), **own}
+
+    def _load_probe(self, path: str | Path | None) -> LinearProbe | None:
+        wanted = _BY_PROBE in self.methods
+        if path is None:
+            if wanted:
+                raise InputError(
+                    f"the method {_BY_PROBE} reads patches with fitted probes and no file was "
+                    "given: give one with --probe (in Python, probe=)."
+                )
+            return None
+        if not wanted:
+            raise InputError(
+                f"the probe {path} is read by no method that was chosen: add {_BY_PROBE} to the "
+                "methods, or leave it out."
+            )
+        probe = load_readout(path, self.vit.readout)
+        if not isinstance(probe, LinearProbe):
+            raise InputError(
+                f"{path} holds a {type(probe).__name__}: the method {_BY_PROBE} needs linear "
+                "probes."
+            )
+        _check_probe(probe, path, self.vit)
+        return probe
+
+    def _attribution(self, method: str) -> PatchAttribution:
+        if method == _BY_PROBE:
+            return METHODS[method](self.vit, self.probe)
+        return METHODS[method](self.vit)
+
+    def passes(self, data: StudyDataset, images: Sequence[int]) -> list[Sequence[int]]:
+        if self.probe is not None and self.probe.positions is not None:
+            height, width = data[images[0]].image.shape[-2:]
+            h, w = self.vit.grid((height, width))
+            _check_positions(self.probe.positions, self.vit.prefix_tokens + h * w)
+        return super().passes(data, images)
 
     def update(self, batch: Batch) -> None:
         for method, attribution in self.attributions.items():
@@ -195,6 +254,53 @@ class FaithfulnessStudy(ModelStudy):
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
         return {"curves": _draw(tables["curves"], self.methods, self.subject.name)}
+
+
+def _digest(probe: LinearProbe) -> str:
+    """SHA-256 of what a file of probes holds: the bytes of equal ones may lie in another order."""
+    digest = hashlib.sha256(repr((probe.prefix_tokens, probe.positions, probe.normed)).encode())
+    for (block, site), heads in sorted(probe.heads.items()):
+        for tensor in (heads.weight, heads.bias):
+            digest.update(repr((block, site, tensor.dtype, tuple(tensor.shape))).encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_probe(probe: LinearProbe, path: str | Path, vit: ViT) -> None:
+    """Refuse probes that would read another model's tokens, or only some of its blocks."""
+    if probe.num_classes != vit.num_classes:
+        raise InputError(
+            f"the probe {path} has {probe.num_classes} classes and the model {vit.num_classes}: "
+            "give one that was fitted to this model."
+        )
+    if probe.prefix_tokens != vit.prefix_tokens:
+        raise InputError(
+            f"the probe {path} was fitted to a model with {probe.prefix_tokens} tokens before the "
+            f"patches and this one has {vit.prefix_tokens}: give one that was fitted to this model."
+        )
+    depth = len(vit.blocks)
+    foreign = [block for block, _ in probe.places if block >= depth]
+    if foreign:
+        raise InputError(
+            f"the probe {path} reads block {max(foreign)} and the model has blocks 0 to "
+            f"{depth - 1}: give one that was fitted to this model."
+        )
+    missing = [block for block in range(depth) if (block, "resid_post") not in probe.places]
+    if missing:
+        raise InputError(
+            f"the probe {path} has nothing for resid_post of block {missing[0]}, and the method "
+            f"{_BY_PROBE} sums over blocks 0 to {depth - 1}: give one that was fitted to all of "
+            "them."
+        )
+
+
+def _check_positions(positions: Sequence[int], tokens: int) -> None:
+    if set(positions) != set(range(tokens)):
+        raise InputError(
+            f"the probe was fitted at {len(positions)} positions, the last of them "
+            f"{max(positions)}, and an image has {tokens} tokens: give one that was fitted at all "
+            "positions of such images."
+        )
 
 
 def _draw(rows: Sequence[Row], methods: Sequence[str], model: str) -> Figure:

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from torch import nn
+from click.testing import CliRunner
+from torch import Tensor, nn
 
 from captum_classemb.attr.baselines import CheferRelevance
+from captum_classemb.cli import cli
 from captum_classemb.data import Sample
-from captum_classemb.errors import InputError
+from captum_classemb.errors import CheckpointError, InputError, OutputError
 from captum_classemb.metrics import BoxLocalisation, RemovalCurve
+from captum_classemb.readout import (
+    LinearProbe,
+    ProbeHeads,
+    Translator,
+    TunedLens,
+    load_readout,
+    save_readout,
+)
 from captum_classemb.studies import RunOptions, Subject, registry, run_study, select
 from captum_classemb.studies.faithfulness import FaithfulnessStudy
+from captum_classemb.studies.linear_probing import LinearProbingStudy
+from captum_classemb.vit import adapt, record
 
-IMAGES = 6
+IMAGES, WIDTH, DEPTH, CLASSES, TOKENS = 6, 24, 2, 4, 17
+OPTIONS = RunOptions(batch_size=4, progress=False)
 
 
 class Boxes:
@@ -42,12 +56,59 @@ class Boxes:
         return "boxes"
 
 
-def model() -> nn.Module:
+def model(width: int = WIDTH, depth: int = DEPTH, classes: int = CLASSES) -> nn.Module:
     torch.manual_seed(1)
     vit: nn.Module = timm.models.VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=4
+        img_size=32, patch_size=8, embed_dim=width, depth=depth, num_heads=2, num_classes=classes
     )
     return vit.eval()
+
+
+def whole() -> tuple[Tensor, Tensor]:
+    images = torch.stack([Boxes()[i].image for i in range(IMAGES)])
+    return images, torch.tensor(Boxes().labels)
+
+
+def probes(
+    width: int = WIDTH,
+    classes: int = CLASSES,
+    blocks: tuple[int, ...] = (0, 1),
+    site: str = "resid_post",
+    prefix: int = 1,
+    positions: int | None = None,
+    seed: int = 0,
+) -> LinearProbe:
+    """Probes with random weights, as if they had been fitted to a model of these sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    kinds = positions or 2
+    heads = {
+        (block, site): ProbeHeads(
+            torch.randn(kinds, classes, width, generator=generator),
+            torch.randn(kinds, classes, generator=generator),
+        )
+        for block in blocks
+    }
+    own = adapt(model(width)).readout
+    return LinearProbe(own, heads, prefix, None if positions is None else range(positions))
+
+
+def summed_identifiability(probe: LinearProbe) -> Tensor:
+    """1 − rank/C of the label in every patch after every block, token by token: B×4×4."""
+    images, labels = whole()
+    hidden = record(adapt(model()), images, ["resid_post"])["resid_post"]
+    norm = model().norm
+    maps = torch.zeros(IMAGES, TOKENS - 1)
+    for block in range(DEPTH):
+        heads = probe.heads[block, "resid_post"]
+        for i, label in enumerate(labels.tolist()):
+            for patch in range(TOKENS - 1):
+                kind = 1 if probe.positions is None else 1 + patch
+                with torch.no_grad():
+                    features = norm(hidden[block][i, 1 + patch])
+                logits = (heads.weight[kind] @ features + heads.bias[kind]).tolist()
+                above = [c for c in range(CLASSES) if c != label and logits[c] >= logits[label]]
+                maps[i, patch] += 1 - len(above) / CLASSES
+    return maps.view(IMAGES, 4, 4)
 
 
 def test_the_study_is_known_and_measures_what_the_metrics_measure(tmp_path: Path) -> None:
@@ -89,3 +150,130 @@ def test_the_papers_variant_gives_published_areas(tmp_path: Path) -> None:
 def test_an_unknown_method_is_refused() -> None:
     with pytest.raises(InputError, match="'smoothgrad' is none of"):
         FaithfulnessStudy(Subject(model(), "small"), ["smoothgrad"])
+
+
+@pytest.mark.parametrize("positions", [None, TOKENS])
+def test_probes_order_patches_by_the_class_they_read(tmp_path: Path, positions: int | None) -> None:
+    probe = probes(positions=positions)
+    save_readout(probe, tmp_path / "probe")
+    study = FaithfulnessStudy(
+        Subject(model(), "small"), ["linear-probe", "rollout"], 4, probe=tmp_path / "probe"
+    )
+    result = run_study(study, Boxes(), tmp_path / "out", OPTIONS)
+    metric = RemovalCurve(model(), steps=4)
+    maps = summed_identifiability(probe)
+    # Random probes rank the label of most patches differently: the order is not one of ties.
+    assert maps.unique().numel() > CLASSES
+    metric.update(whole()[0], maps, whole()[1])
+    for name, value in metric.compute().items():
+        if "paper" not in name:
+            (row,) = select(result.tables["areas"], metric=f"linear-probe/{name}")
+            assert row.value == pytest.approx(value.item(), abs=1e-5) and row.n == IMAGES
+    (probed,) = select(result.tables["areas"], metric="linear-probe/probability/gap")
+    (rolled,) = select(result.tables["areas"], metric="rollout/probability/gap")
+    assert probed.value != rolled.value
+
+
+def test_the_file_that_linear_probing_writes_is_read(tmp_path: Path) -> None:
+    fitted = Subject(model(), "small", output=tmp_path / "fitted")
+    run_study(LinearProbingStudy(fitted, save_probes=True), Boxes(), tmp_path / "fitted", OPTIONS)
+    file = tmp_path / "fitted" / "probes.safetensors"
+    study = FaithfulnessStudy(Subject(model(), "small"), ["linear-probe"], 4, probe=str(file))
+    rows = run_study(study, Boxes(), tmp_path / "out", OPTIONS).tables["areas"]
+    saved = load_readout(file, adapt(model()).readout)
+    assert isinstance(saved, LinearProbe)
+    place = BoxLocalisation()
+    known = [0, 1, 3, 4, 5]
+    masks = torch.stack([mask == 1 for i in known if (mask := Boxes()[i].mask) is not None])
+    place.update(summed_identifiability(saved)[known], masks)
+    (row,) = select(rows, metric="linear-probe/energy")
+    assert row.value == pytest.approx(place.compute()["energy"].item(), abs=1e-5) and row.n == 5
+
+
+def test_a_run_is_resumed_with_the_same_probes_alone(tmp_path: Path) -> None:
+    changed = probes()
+    changed.heads[1, "resid_post"].bias[1, 3] += 1e-6
+    unnormed = LinearProbe(adapt(model()).readout, probes().heads, 1, normed=False)
+    others = {"drawn anew": probes(seed=1), "changed": changed, "unnormed": unnormed}
+    backwards = LinearProbe(
+        adapt(model()).readout, dict(reversed(probes().heads.items())), prefix_tokens=1
+    )
+    for name, probe in {"first": probes(), "again": backwards, **others}.items():
+        save_readout(probe, tmp_path / name)
+    resume = RunOptions(batch_size=4, progress=False, resume=True)
+
+    def study(file: str) -> FaithfulnessStudy:
+        subject = Subject(model(), "small")
+        return FaithfulnessStudy(subject, ["linear-probe"], 4, probe=tmp_path / file)
+
+    first = run_study(study("first"), Boxes(), tmp_path / "out", OPTIONS)
+    digest = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["probe"]
+    for name in others:
+        with pytest.raises(OutputError, match=f"has probe = '{digest}' and this one"):
+            run_study(study(name), Boxes(), tmp_path / "out", resume)
+    again = run_study(study("again"), Boxes(), tmp_path / "out", resume)
+    assert again.images == first.images == IMAGES
+
+
+def test_a_run_without_probes_has_none_in_its_settings() -> None:
+    assert FaithfulnessStudy(Subject(model(), "small"), ["rollout"]).settings()["probe"] is None
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"width": 48}, "reads 48 features and the model has 24: it belongs to another model"),
+        ({"classes": 10}, "has 10 classes and the model 4"),
+        ({"blocks": (0, 1, 5)}, "reads block 5 and the model has blocks 0 to 1"),
+        ({"blocks": (0,)}, "has nothing for resid_post of block 1"),
+        ({"site": "attn_out"}, "has nothing for resid_post of block 0"),
+        ({"prefix": 2}, "2 tokens before the patches and this one has 1"),
+    ],
+)
+def test_probes_of_another_model_are_refused(
+    tmp_path: Path, sizes: dict[str, object], message: str
+) -> None:
+    save_readout(probes(**sizes), tmp_path / "probe")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=message):
+        FaithfulnessStudy(Subject(model(), "small"), ["linear-probe"], probe=tmp_path / "probe")
+
+
+@pytest.mark.parametrize("positions", [3, TOKENS + 4])
+def test_probes_of_other_positions_are_refused_before_anything_is_written(
+    tmp_path: Path, positions: int
+) -> None:
+    save_readout(probes(positions=positions), tmp_path / "probe")
+    study = FaithfulnessStudy(Subject(model(), "small"), ["linear-probe"], probe=tmp_path / "probe")
+    with pytest.raises(InputError, match=f"at {positions} positions.* an image has 17 tokens"):
+        run_study(study, Boxes(), tmp_path / "out", OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_without_probes_is_refused(tmp_path: Path) -> None:
+    subject = Subject(model(), "small")
+    identity = {(block, "resid_post"): Translator.identity(WIDTH) for block in range(DEPTH)}
+    save_readout(TunedLens(adapt(model()).readout, identity), tmp_path / "lens")
+    (tmp_path / "text").write_text("no tensors")
+    for name, error, message in (
+        ("lens", InputError, "lens holds a TunedLens"),
+        ("text", CheckpointError, "text cannot be read"),
+        ("nothing", CheckpointError, "nothing cannot be read"),
+    ):
+        with pytest.raises(error, match=message):
+            FaithfulnessStudy(subject, ["linear-probe"], probe=tmp_path / name)
+    with pytest.raises(InputError, match="no method that was chosen: add linear-probe"):
+        FaithfulnessStudy(subject, ["rollout"], probe=tmp_path / "lens")
+
+
+def test_the_command_line_says_what_is_missing(tmp_path: Path) -> None:
+    words = ["study", "faithfulness", "--model", "demo_vit", "--data", "scenes", "--device", "cpu"]
+    words += ["--method", "linear-probe", "--output", str(tmp_path / "out")]
+    (tmp_path / "text").write_text("no tensors")
+    for more, message in (
+        ([], "no file was given: give one with --probe"),
+        (["--probe", str(tmp_path / "text")], "cannot be read"),
+    ):
+        done = CliRunner().invoke(cli, [*words, *more])
+        (line,) = done.output.splitlines()
+        assert done.exit_code == 2 and line.startswith("Error: ") and message in line
+        assert not (tmp_path / "out").exists()
