@@ -192,6 +192,12 @@ def explain(
 
     if html is not None and readout is not None:
         raise click.UsageError("the page of --html has no place for a --readout: leave one out.")
+    on_terminal = not quiet and sys.stderr.isatty()
+
+    def say(sentence: str) -> None:
+        if on_terminal:
+            click.echo(sentence, err=True)
+
     given: dict[str, Any] = {"model": model, "methods": methods}
     run = Run(
         Options(
@@ -204,7 +210,8 @@ def explain(
             batch_size=batch_size,
             output=output if html is None else html.parent,
             **{key: value for key, value in given.items() if value},
-        )
+        ),
+        say,
     )
     if images and not model and not quiet:
         click.echo(
@@ -222,7 +229,7 @@ def explain(
         total=len(run),
         unit="image",
         file=sys.stderr,
-        disable=quiet or not sys.stderr.isatty(),
+        disable=not on_terminal,
         leave=False,
     )
     for outcome in bar:

@@ -85,6 +85,29 @@ class Explore:
         view: H×W×3, 8 bits: what the model sees.
         preprocess: what makes of it what the model reads.
         methods: keys of `METHODS`.
+
+    Raises:
+        UnsupportedModelError: by the first step, if a block holds no patch tokens.
+
+    Examples:
+        >>> from captum_classemb.models import demo_image_paths, demo_vit
+        >>> model = demo_vit()
+        >>> preprocess = Preprocess.of_model(model)
+        >>> view = preprocess.view(read_image(demo_image_paths()[0]))
+        >>> exploring = Explore(adapt(model), view, preprocess, ["projection", "memory"])
+        >>> steps = exploring.steps(targets=[7])
+        >>> for number, step in enumerate(steps, 1):
+        ...     step()
+        ...     print(f"{number} of {len(steps)}")
+        1 of 4
+        2 of 4
+        3 of 4
+        4 of 4
+        >>> exploring.focus[0]
+        7
+        >>> page = exploring.page(class_names(model), title="A digit", model="demo_vit")
+        >>> "<title>A digit</title>" in page.document
+        True
     """
 
     vit: ViT

@@ -29,6 +29,19 @@ def write_page(run: Run, path: Path, *, progress: bool = False) -> Outcome:
         InputError: if the run has several images.
         DataError: if the image cannot be read.
         OutputError: if the page cannot be written.
+
+    Examples:
+        >>> import tempfile
+        >>> from captum_classemb.explain import Options
+        >>> from captum_classemb.models import demo_image_paths
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     images = demo_image_paths()[:1]
+        ...     options = Options(images, targets=["seven"], methods=["projection"])
+        ...     outcome = write_page(Run(options), Path(folder, "page.html"))
+        ...     outcome.picture.read_text("utf-8")[:15]
+        '<!doctype html>'
+        >>> [target.name for target in outcome.targets]
+        ['seven']
     """
     for missing in run.missing:
         if missing.error is not None:

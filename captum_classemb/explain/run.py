@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -75,12 +75,14 @@ class Run:
 
     Args:
         options: what to do.
+        say: is told that the model will be loaded, which may take a download, beforehand.
 
     Raises:
         ClassEmbError: if an option cannot be followed; nothing has been written then.
     """
 
     options: Options
+    say: Callable[[str], None] | None = None
     files: list[Path] = field(init=False)
     missing: list[Outcome] = field(init=False)
 
@@ -112,6 +114,8 @@ class Run:
         options = self.options
         # Before any weights are fetched: is it a model that can be explained?
         _ = adapt(load_model(options.model, random_init=True, device="meta")).readout
+        if self.say is not None:
+            self.say(f"loading {options.model} …")
         model = load_model(
             options.model, options.checkpoint, device=options.device, dtype=options.dtype
         )

@@ -71,6 +71,47 @@ def explorer_page(contents: Contents) -> ExplorerPage:
 
     Where it would be larger than 5 MB, single blocks and heads are left out for the last classes
     in focus, then summed maps for the least probable classes.
+
+    Args:
+        contents: all that is shown; :func:`captum_classemb.explain.explore` collects it from a
+            model and an image.
+
+    Examples:
+        One block, 2×2 patches behind a CLS token, two classes, and maps of one method without
+        heads:
+
+        >>> from captum_classemb.explorer import MethodMaps, quantise
+        >>> parts = np.array([[0.5, 0.1], [0.2, 0.2]]).reshape(1, 1, 1, 2, 2)
+        >>> method = MethodMaps(
+        ...     key="mine",
+        ...     title="My method",
+        ...     caption="scores of mine",
+        ...     whole="all blocks",
+        ...     classes=np.array([1]),
+        ...     maps=quantise(parts.sum((1, 2))),
+        ...     parts=quantise(parts),
+        ...     totals=parts.sum((-2, -1)),
+        ... )
+        >>> contents = Contents(
+        ...     image=np.zeros((32, 32, 3), np.uint8),
+        ...     grid=(2, 2),
+        ...     title="black.png",
+        ...     model="mine",
+        ...     names=["cat", "dog"],
+        ...     probabilities=np.array([0.25, 0.75]),
+        ...     focus=[1],
+        ...     targets=0,
+        ...     top_classes=np.tile([1, 0], (1, 5, 1)),
+        ...     top_probabilities=np.tile([0.75, 0.25], (1, 5, 1)),
+        ...     ranks=np.zeros((1, 1, 5), int),
+        ...     prefix=["CLS"],
+        ...     methods=[method],
+        ...     ledger=None,
+        ...     colors=np.linspace(0, 255, 257).astype(np.uint8)[:, None].repeat(3, 1),
+        ... )
+        >>> page = explorer_page(contents)
+        >>> "<title>black.png</title>" in page.document
+        True
     """
     page = _page(contents)
     while len(page.document) > _LARGEST and (less := lighter(contents)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from captum_classemb import cli as commands
 from captum_classemb.cli import cli
 from captum_classemb.errors import DataError
 from captum_classemb.explain import METHODS
+from captum_classemb.explain import run as explain_run
 
 
 def test_debug_shows_the_traceback(explain: Explain, photos: Path) -> None:
@@ -28,7 +30,7 @@ def test_debug_shows_the_traceback(explain: Explain, photos: Path) -> None:
 def test_bug_is_one_line_too(
     debug: bool, explain: Explain, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(_: Any) -> None:
+    def broken(*_: Any) -> None:
         raise KeyError("surprise")
 
     monkeypatch.setattr("captum_classemb.explain.Run", broken)
@@ -45,7 +47,7 @@ def test_bug_is_one_line_too(
 def test_interruption_has_an_exit_code_of_its_own(
     explain: Explain, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(_: Any) -> None:
+    def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("captum_classemb.explain.Run", interrupted)
@@ -73,6 +75,31 @@ def test_choices_are_the_methods_there_are() -> None:
     (option,) = (p for p in cli.commands["explain"].params if p.name == "methods")
     assert isinstance(option.type, click.Choice)
     assert list(option.type.choices) == list(METHODS)
+
+
+@pytest.mark.parametrize("page", [False, True])
+@pytest.mark.parametrize(("terminal", "quiet"), [(True, False), (True, True), (False, False)])
+def test_a_terminal_is_told_that_a_model_loads_before_it_does(
+    page: bool, terminal: bool, quiet: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stderr = io.StringIO()
+    monkeypatch.setattr(stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    at_load = []
+    load_model = explain_run.load_model
+
+    def watched(*args: Any, **options: Any) -> Any:
+        # An untrained one on "meta" is no load that takes time.
+        if not options.get("random_init"):
+            at_load.append(stderr.getvalue())
+        return load_model(*args, **options)
+
+    monkeypatch.setattr(explain_run, "load_model", watched)
+    words = ["explain", "--method", "projection", "--output", str(tmp_path)]
+    words += ["--html", str(tmp_path / "page.html")] if page else []
+    cli.main([*words, *(["--quiet"] if quiet else [])], standalone_mode=False)
+    assert at_load == ["loading demo_vit …\n" if terminal and not quiet else ""]
+    assert stderr.getvalue().count("loading") == int(terminal and not quiet)
 
 
 def run(*words: str, code: str = "") -> subprocess.CompletedProcess[str]:
