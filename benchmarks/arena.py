@@ -1,7 +1,14 @@
 """The arena: who explains best, at what cost, on the same images, in one run.
 
     python benchmarks/arena.py --data FOLDER --checkpoint FILE
-    python benchmarks/arena.py --scenes
+    python benchmarks/arena.py --scenes --probe probes/probes.safetensors
+
+Other packages' own code has rows where it is installed: ``pip install -e ".[bench,peers]"``, and
+``pip install --no-deps lxt``, whose rules alone are read. Linear probes have a row where they were
+fitted before, never on the images of the report:
+
+    captum-classemb study linear-probing --model demo_vit --data scenes:val \\
+        --train-data scenes:train --save-probes --output probes
 
 Images of a folder with boxes (layout ``annotations``) are split by index: choose designs on the
 even half, report on the odd one. Every part of a method's row is kept as soon as it is there, so
@@ -23,7 +30,7 @@ import numpy as np
 import torch
 from arena_axioms import measure as measure_axioms
 from arena_cost import measure as measure_cost
-from arena_methods import METHODS, Maps, Method
+from arena_methods import METHODS, Maps, Method, linear_probes
 from arena_report import report
 from torch import Tensor
 from tqdm import tqdm
@@ -152,6 +159,7 @@ def scenes(limit: int | None) -> Any:
 @click.option("--scenes", "use_scenes", is_flag=True, help="The packaged model on Scenes.")
 @click.option("--model", default="vit_tiny_patch16_224", show_default=True)
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights of the model.")
+@click.option("--probe", type=click.Path(path_type=Path), help="Adds the row: linear probes.")
 @click.option("--half", type=click.Choice(["even", "odd", "all"]), default="odd", show_default=True)
 @click.option("--method", "chosen", multiple=True, help="Some methods only.")
 @click.option(
@@ -199,14 +207,15 @@ def main(**options: Any) -> None:
     if kept.exists() and json.loads(kept.read_text()) != settings:
         raise click.UsageError(f"{folder} holds rows of other settings: give another --rows.")
     kept.write_text(json.dumps(settings, indent=1))
-    wanted = [m for m in METHODS if m.installed]
+    probes = [linear_probes(options["probe"])] if options["probe"] else []
+    wanted = [m for m in (*METHODS, *probes) if m.installed]
     if options["chosen"]:
         wanted = [m for m in wanted if m.name in options["chosen"]]
     results, missing = {}, False
     for method in tqdm(wanted, desc="methods", file=sys.stderr):
         rows: dict[str, np.ndarray] = {}
         for part, measured in PARTS.items():
-            path = folder / f"{method.name.replace(' ', '_')}.{part}.npz"
+            path = folder / f"{method.stem}.{part}.npz"
             if part in options["parts"] and not path.exists():
                 unfinished = path.with_suffix(".tmp.npz")
                 found = getattr(arena, measured)(method)

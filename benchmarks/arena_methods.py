@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import arena_peers as peers
 import torch
+from arena_peers import Maps, last_norm
 from captum.attr import FeatureAblation, InputXGradient, IntegratedGradients, Saliency
 from torch import Tensor, nn
 
@@ -18,15 +22,15 @@ from captum_classemb.attr.baselines import (
     AttnLRP,
     CheferRelevance,
     LeGrad,
+    LinearProbeImportance,
     RawAttention,
     TokenOcclusion,
 )
 from captum_classemb.attr.patch_importance import PatchImportance
 from captum_classemb.functional.grid import patch_index
 from captum_classemb.functional.removal import patch_sums
+from captum_classemb.readout import LinearProbe, load_readout
 from captum_classemb.vit import ViT
-
-Maps = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Method:
         slow: the work of more than 50 forward passes an image (a backward pass is two), so it
             runs on the first images alone.
         peer: a library it needs beside this package, or None.
+        version: what tells it from others of its name, such as the file it was read from.
     """
 
     name: str
@@ -47,6 +52,12 @@ class Method:
     one_pass: bool = False
     slow: bool = False
     peer: str | None = None
+    version: str = ""
+
+    @property
+    def stem(self) -> str:
+        """The beginning of the names of its files."""
+        return "_".join([*self.name.split(), *filter(None, [self.version])])
 
     @property
     def installed(self) -> bool:
@@ -108,15 +119,6 @@ def _feature_ablation(vit: ViT) -> Maps:
     return maps
 
 
-def last_norm(vit: ViT) -> nn.Module:
-    """The first norm of the last block, where Grad-CAM is usually put.
-
-    At the last norm of a model that reads a class token, patches have no gradient at all.
-    """
-    norms = [m for m in vit.blocks[-1].module.modules() if "Norm" in type(m).__name__]
-    return norms[0]
-
-
 @contextmanager
 def kept(module: nn.Module) -> Iterator[list[Tensor]]:
     """What the module returns, with its graph."""
@@ -141,23 +143,17 @@ def _grad_cam(vit: ViT) -> Maps:
     return maps
 
 
-def _grad_cam_library(vit: ViT) -> Maps:
-    from pytorch_grad_cam import GradCAM
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+def linear_probes(path: Path) -> Method:
+    """The method that reads patches with the linear probes of a file."""
 
-    def maps(images: Tensor, target: Tensor) -> Tensor:
-        grid = vit.grid((images.shape[2], images.shape[3]))
+    def build(vit: ViT) -> Maps:
+        probe = load_readout(path, vit.readout)
+        if not isinstance(probe, LinearProbe):
+            raise ValueError(f"{path} holds no linear probes.")
+        return _ours(lambda model: LinearProbeImportance(model, probe))(vit)
 
-        def reshape(tokens: Tensor) -> Tensor:
-            patches: Tensor = tokens[:, vit.prefix_tokens :].transpose(1, 2).unflatten(2, grid)
-            return patches
-
-        with GradCAM(vit, [last_norm(vit)], reshape_transform=reshape) as cam:
-            scores = cam(images, [ClassifierOutputTarget(int(c)) for c in target])
-        # The library enlarges its map to the image; the mean over a patch is the patch's score.
-        return patch_sums(torch.from_numpy(scores)[:, None], grid).to(images.device)
-
-    return maps
+    version = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    return Method("linear probes", build, one_pass=True, version=version)
 
 
 METHODS = (
@@ -179,6 +175,9 @@ METHODS = (
     Method("Input x Gradient", _captum(InputXGradient)),
     Method("Saliency", _captum(Saliency, absolute=True)),
     Method("token occlusion", _ours(TokenOcclusion), slow=True),
-    Method("Grad-CAM (grad-cam)", _grad_cam_library, peer="pytorch_grad_cam"),
+    Method("Grad-CAM (grad-cam)", peers.grad_cam, peer="pytorch_grad_cam"),
+    Method("LeGrad (legrad_torch)", peers.legrad, peer="legrad"),
+    Method("CP-LRP (lxt)", peers.cp_lrp, peer="lxt"),
+    Method("AttnLRP (lxt)", peers.attn_lrp, peer="lxt"),
     Method("FeatureAblation", _feature_ablation, slow=True),
 )

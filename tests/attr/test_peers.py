@@ -2,57 +2,156 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from types import MethodType
+from typing import Any
 
 import pytest
+import timm
 import torch
 from families import torchvision_vit
 from torch import Tensor, nn
 
-from captum_classemb.attr.baselines import AttnLRP
+from captum_classemb.attr.baselines import AttnLRP, LeGrad
 from captum_classemb.functional.removal import patch_sums
+from captum_classemb.vit import ViT, adapt
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def _small() -> nn.Module:
+@pytest.fixture
+def arena(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The arena's methods, peers' rows among them."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("arena_methods")
+
+
+def _drawn(model: nn.Module) -> nn.Module:
     torch.manual_seed(0)
-    model = torchvision_vit(5)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, std=0.3)
+        if "norm" in name and name.endswith("weight"):
+            parameter.data.add_(1)
     return model.double().eval()
 
 
-def _rules_of_lxt(model: nn.Module) -> None:
-    # lxt is bound to some versions of transformers.
-    patches = pytest.importorskip("lxt.efficient.patches", exc_type=ImportError)
-    rules = {
-        nn.GELU: patches.non_linear_forward,
-        nn.LayerNorm: patches.layer_norm_forward,
-        nn.MultiheadAttention: patches.cp_multi_head_attention_forward,
+def _small(norm_eps: float = 1e-6) -> ViT:
+    model = timm.models.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=5
+    )
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = norm_eps
+    return adapt(_drawn(model))
+
+
+def _batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(2, 3, 32, 32, generator=generator, dtype=torch.float64)
+    return images, torch.tensor([3, 1])
+
+
+def _agree(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert expected.abs().max() > 0
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def _stretched(maps: Tensor) -> Tensor:
+    """From 0 to 1, as peers return their maps."""
+    low, high = maps.flatten(1).aminmax(dim=1)
+    return (maps - low[:, None, None]) / (high - low)[:, None, None]
+
+
+def test_grad_cam_is_that_of_grad_cam(arena: Any) -> None:
+    pytest.importorskip("pytorch_grad_cam")
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.image import scale_cam_image
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    vit, (images, target) = _small(), _batch()
+    ours = arena._grad_cam(vit)(images, target)
+    layer = arena.last_norm(vit)
+    targets = [ClassifierOutputTarget(int(c)) for c in target]
+
+    def reshape(tokens: Tensor) -> Tensor:
+        patches: Tensor = tokens[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+        return patches
+
+    with GradCAM(vit, [layer], reshape_transform=reshape) as cam:
+        cam(images, targets)
+        made = cam.activations_and_grads
+        (kept,), (slopes,) = made.activations, made.gradients
+        theirs = cam.get_cam_image(images, layer, targets, kept.numpy(), slopes.numpy())
+    _agree(ours, torch.from_numpy(theirs).relu(), 1e-12)
+    # The row of the arena gets them enlarged, in float32; the library scales to 0-1 twice.
+    enlarged = torch.from_numpy(scale_cam_image(scale_cam_image(ours.numpy(), (32, 32))))
+    row = arena.peers.grad_cam(vit)(images, target)
+    _agree(row, patch_sums(enlarged[:, None], (4, 4)), 1e-6)
+
+
+def test_legrad_is_that_of_legrad_torch(arena: Any) -> None:
+    """With all blocks there, and no ε here: theirs leaves the norm without one."""
+    pytest.importorskip("legrad")
+    vit, (images, target) = _small(norm_eps=1e-12), _batch()
+    theirs = arena.peers.legrad(vit, layer_index=0)(images, target)
+    ours = patch_sums(LeGrad(vit).attribute(images, target), (4, 4))
+    _agree(_stretched(ours), theirs, 1e-9)
+    last = arena.peers.legrad(vit)(images, target)
+    assert (last - theirs).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "name", ["Grad-CAM (grad-cam)", "LeGrad (legrad_torch)", "CP-LRP (lxt)", "AttnLRP (lxt)"]
+)
+def test_a_peer_leaves_the_model_as_it_was(arena: Any, name: str) -> None:
+    (method,) = (m for m in arena.METHODS if m.name == name)
+    pytest.importorskip(method.peer)
+    vit, (images, target) = _small(), _batch()
+    modules: list[Any] = list(vit.model.modules())
+    before, state = vit(images), [dict(vars(m)) for m in modules]
+    maps = method.build(vit)(images, target)
+    assert maps.shape == (2, 4, 4)
+    assert not maps.requires_grad
+    assert torch.equal(vit(images), before)
+    assert [dict(vars(m)) for m in modules] == state
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+
+
+def test_attnlrp_is_cp_lrp_of_lxt(arena: Any) -> None:
+    pytest.importorskip("lxt")
+    vit, (images, target) = _small(), _batch()
+    ours = patch_sums(AttnLRP(vit).attribute(images, target), (4, 4))
+    _agree(ours, arena.peers.cp_lrp(vit)(images, target), 1e-6)
+    other = arena.peers.attn_lrp(vit)(images, target)
+    assert (ours - other).abs().max() > 1e-2 * ours.abs().max()
+
+
+def test_attnlrp_is_that_of_lxt_for_torchvision(arena: Any) -> None:
+    """lxt's rules for torchvision's ViT hold attention too (its ``cp_LRP`` map)."""
+    pytest.importorskip("lxt")
+    rules = arena.peers.lxt_rules()
+    images, target = _batch()
+    ours = AttnLRP(_drawn(torchvision_vit(5))).attribute(images, target)
+    model: Any = _drawn(torchvision_vit(5))
+    held: dict[type[nn.Module], Any] = {
+        nn.GELU: rules.non_linear_forward,
+        nn.LayerNorm: rules.layer_norm_forward,
+        nn.MultiheadAttention: rules.cp_multi_head_attention_forward,
     }
     for module in model.modules():
-        for kind, rule in rules.items():
+        for kind, rule in held.items():
             if isinstance(module, kind):
                 module.original_forward = module.forward
                 module.forward = MethodType(rule, module)
-
-
-def test_attnlrp_is_that_of_lxt() -> None:
-    """lxt's rules for torchvision's ViT hold attention too (its ``cp_LRP`` map)."""
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(2, 3, 32, 32, generator=generator, dtype=torch.float64)
-    target = torch.tensor([3, 1])
-    ours = AttnLRP(_small()).attribute(images, target)
-    model = _small()
-    _rules_of_lxt(model)
     tokens: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         tokens.append(args[0].detach().requires_grad_(True))
         return (tokens[0],)
 
-    model.encoder.layers.register_forward_pre_hook(keep)  # type: ignore[operator, union-attr]
+    model.encoder.layers.register_forward_pre_hook(keep)
     model(images).gather(1, target[:, None]).sum().backward()
     assert tokens[0].grad is not None
     theirs = (tokens[0] * tokens[0].grad).sum(-1)[:, 1:].detach()
-    found = patch_sums(ours, (4, 4)).flatten(1)
-    assert (found - theirs).abs().max() <= 1e-6 * theirs.abs().max()
+    _agree(patch_sums(ours, (4, 4)).flatten(1), theirs, 1e-6)
