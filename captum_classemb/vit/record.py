@@ -142,6 +142,33 @@ def record_module(
     return value
 
 
+class _Room:
+    """Memory for the copies of all blocks, taken at once.
+
+    Copies that lie between the model's own passing tensors keep the allocator from using that
+    memory again: every block would be computed in fresh pages.
+
+    Args:
+        pieces: how many copies of one shape there will be.
+    """
+
+    def __init__(self, pieces: int) -> None:
+        self.pieces = pieces
+        self.free: list[Tensor] = []
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """The tensor, contiguous, in memory of its own."""
+        if self.pieces:
+            self.free = list(tensor.new_empty(self.pieces, *tensor.shape))
+            self.pieces = 0
+        if not self.free or (self.free[-1].shape, self.free[-1].dtype) != (
+            tensor.shape,
+            tensor.dtype,
+        ):
+            return tensor.contiguous()
+        return self.free.pop(0).copy_(tensor)
+
+
 class _Recorder:
     """The hooks of one recording."""
 
@@ -152,6 +179,8 @@ class _Recorder:
         self.keep = {site: {"embedding": {0}, "final": {last}}.get(site, keep) for site in wanted}
         self.recording = Recording({site: [None] * (last + 1) for site in wanted})
         self.handles: list[RemovableHandle] = []
+        modules = sum(len(vit.blocks[index].attentions) for index in keep)
+        self.room = _Room(modules * len(wanted.keys() & {"values", "keys"}))
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -247,9 +276,9 @@ class _Recorder:
         wanted = self.wanted
         if self._wants("values", index):
             # Copied, so that the queries and keys beside them need not be kept.
-            self._append("values", index, attention.values(call).contiguous())
+            self._append("values", index, self.room.copy(attention.values(call)))
         if self._wants("keys", index):
-            self._append("keys", index, attention.keys(call).contiguous())
+            self._append("keys", index, self.room.copy(attention.keys(call)))
         if self._wants("attention", index):
             self._append("attention", index, attention.weights(call, wanted["attention"]))
         if self._wants("attn_tail", index):
