@@ -78,17 +78,20 @@ def test_rows_are_the_same_as_those_of_all(vit: ViT, pixels: Tensor, site: str) 
         assert torch.equal(some[site][b], all_rows[site][b][:, :2])
 
 
-@pytest.mark.parametrize("site", ["resid_post", "attn_out", "values", "attn_tail"])
-def test_what_is_kept_does_not_hold_on_to_more(vit: ViT, pixels: Tensor, site: str) -> None:
-    """A slice that shares storage would keep the whole tensor in memory."""
-    rows = ALL if site == "values" else slice(0, 1)
-    for entry in record(vit, pixels, {site: rows})[site]:
-        if site == "attn_tail":
-            tensors = list(entry[0].trace)
+@pytest.mark.parametrize("sites", ["resid_post", "attn_out", "values", "values keys", "attn_tail"])
+def test_what_is_kept_does_not_hold_on_to_more(vit: ViT, pixels: Tensor, sites: str) -> None:
+    """A slice that shares storage with what is not kept would keep all of it in memory."""
+    rows = ALL if "values" in sites else slice(0, 1)
+    recording = record(vit, pixels, dict.fromkeys(sites.split(), rows), blocks=[0, 2])
+    tensors: list[Tensor] = []
+    for entry in (recording[site][block] for site in sites.split() for block in (0, 2)):
+        if sites == "attn_tail":
+            tensors += entry[0].trace
         else:
-            tensors = list(entry) if isinstance(entry, tuple) else [entry]
-        for tensor in tensors:
-            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+            tensors += entry if isinstance(entry, tuple) else [entry]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert sum(storage.nbytes() for storage in storages.values()) == needed
 
 
 def test_blocks_from_the_end_and_out_of_range(vit: ViT, pixels: Tensor) -> None:
