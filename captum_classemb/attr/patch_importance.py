@@ -226,9 +226,11 @@ class _Followed:
         mixed = mixed[:, :, : self.count * self.rows]
         if self.shares is None:
             return mixed
-        by_basis = mixed.unflatten(2, (self.count, self.rows)).flatten(3)
-        by_class: Tensor = (self.shares[:, None] @ by_basis).unflatten(3, (self.rows, -1))
-        return by_class.flatten(2, 3)
+        # One product for all heads, B×K×R with B×R×(H·Q·d): the shares are read once.
+        heads = mixed.shape[1]
+        by_basis = mixed.unflatten(2, (self.count, self.rows)).transpose(1, 2).flatten(2)
+        by_class: Tensor = (self.shares @ by_basis).unflatten(2, (heads, self.rows, -1))
+        return by_class.transpose(1, 2).flatten(2, 3)
 
 
 class _Evidence:
