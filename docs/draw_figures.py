@@ -8,6 +8,8 @@ from typing import Any
 import matplotlib as mpl
 import torch
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from captum_classemb import (
@@ -18,7 +20,7 @@ from captum_classemb import (
 )
 from captum_classemb.data.images import Preprocess, read_image
 from captum_classemb.models import DEMO_CLASSES, demo_image_paths, demo_vit
-from captum_classemb.plot import overlay_map
+from captum_classemb.plot import DIVERGING, overlay_map
 from captum_classemb.vit import adapt, record
 
 FIGURES = Path(__file__).parent / "figures"
@@ -56,14 +58,19 @@ def draw_methods() -> None:
         "MemoryPatchImportance": MemoryPatchImportance(model),
         "ClassEmbeddingProjection": ClassEmbeddingProjection(model),
     }
-    figure = Figure(figsize=(9.6, 2.2), layout="constrained")
-    first, *others = figure.subplots(1, 5)
+    figure = Figure(figsize=(9.6, 2.1), layout="constrained")
+    first, *others = axes = figure.subplots(1, 5)
     first.imshow(view)
-    first.set_title(f"“{DEMO_CLASSES[target]}”")
+    first.set_title(f"“{DEMO_CLASSES[target]}”", fontsize=8.5)
     bare(first)
     for axis, (title, method) in zip(others, methods.items(), strict=True):
         overlay_map(axis, view, method.attribute_classes(inputs, [target])[0, 0], smooth=False)
         axis.set_title(title, fontsize=8.5)
+    scale = ScalarMappable(Normalize(-1, 1), DIVERGING)
+    bar = figure.colorbar(scale, ax=axes, aspect=20, shrink=0.92, pad=0.01, ticks=[-1, 0, 1])
+    bar.ax.set_yticklabels(["against", "0", "for"], fontsize=8)
+    bar.ax.tick_params(length=0, labelcolor=INK)
+    bar.outline.set_visible(False)
     save(figure, "methods")
 
 

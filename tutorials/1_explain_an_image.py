@@ -60,7 +60,7 @@ saliency.shape, importance.shape
 # sequential ones else.
 
 # %%
-from captum_classemb.plot import overlay_map
+from captum_classemb.plot import DIVERGING, overlay_map
 
 plt.rcParams.update({"figure.dpi": 110, "font.size": 9})
 
@@ -130,15 +130,18 @@ show({f"{names[i]} ({probabilities[i]:.1%})": maps[i] for i in ranked})
 parts = PatchImportance(model).attribute_patches(inputs, target=target)[0]
 print("blocks, heads, rows, columns:", tuple(parts.shape))
 
+sums = parts.sum((-2, -1))
+limit = float(sums.abs().max())
+
 figure, axis = plt.subplots(figsize=(4.2, 3.2), layout="constrained")
-picture = axis.imshow(parts.sum((-2, -1)), cmap="cividis", aspect="auto")
+picture = axis.imshow(sums, cmap=DIVERGING, vmin=-limit, vmax=limit, aspect="auto")
 axis.set(xlabel="head", ylabel="block", title=f"Evidence for “{names[target]}”")
 axis.set_xticks(range(parts.shape[1]))
 figure.colorbar(picture, label="sum over patches")
 plt.show()
 
 # %%
-strongest = parts.sum((-2, -1)).flatten().topk(4).indices.tolist()
+strongest = sums.flatten().topk(4).indices.tolist()
 heads = parts.shape[1]
 show({f"block {i // heads}, head {i % heads}": parts[i // heads, i % heads] for i in strongest})
 

@@ -164,8 +164,10 @@ plt.show()
 # %% [markdown]
 # A map can be faithful without pointing at the object, and the other way round. In the packaged
 # model the projection of the last block's tokens points away from the object, for by then the
-# patches of the context hold the class; and the ledger, which counts what attention brings
-# directly, does best.
+# patches of the context hold the class. The ledger, which counts what attention brings directly,
+# has the largest gap, though its interval overlaps with those of the next three; rollout and
+# Chefer's relevance cover the object better. *Which explanation to trust* in the documentation
+# measures the methods on photographs.
 #
 # ## Probes against projection
 #
