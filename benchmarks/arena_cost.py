@@ -90,7 +90,7 @@ def measure(
     maps: Callable[[Tensor, Tensor], Tensor],
     images: Tensor,
     target: Tensor,
-    repeats: int = 3,
+    repeats: int = 9,
 ) -> Cost:
     """The cost of ``maps`` on one batch, each forward pass timed just before and after."""
     device = images.device

@@ -308,27 +308,27 @@ def _label(axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
 def sheet(
     arena: Any, methods: Sequence[Method], results: dict[str, dict[str, np.ndarray]], path: Path
 ) -> None:
-    """Example maps side by side: a row an image, a column a method."""
+    """Example maps side by side: a row an image, a column a method, in two banks."""
     names = [m.name for m in methods if m.name != "random order"]
-    rows = 6
-    figure, axes = plt.subplots(
-        rows, len(names) + 1, figsize=(1.25 * (len(names) + 1), 1.25 * rows + 0.9),
-        constrained_layout=True,
-    )  # fmt: skip
-    for i in range(rows):
-        picture = arena.images[i].cpu().permute(1, 2, 0).float()
-        picture = (picture - picture.min()) / (picture.max() - picture.min())
-        axes[i, 0].imshow(picture)
-        for k, name in enumerate(names, 1):
-            scores = np.maximum(results[name]["maps"][i], 0)
-            axes[i, k].imshow(
-                scores, cmap="magma", vmin=0, vmax=max(np.quantile(scores, 0.99), 1e-12)
-            )
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for k, name in enumerate(["image", *names]):
-        words = name.replace("ClassEmbedding", "ClassEmbedding ").replace("Patch", " Patch")
-        words = words.replace("Relevance", "").replace(" ", "\n", 2).strip()
-        axes[0, k].set_title(words, fontsize=7)
+    rows, columns = min(4, len(arena.images)), -(-len(names) // 2)
+    figure = plt.figure(
+        figsize=(1.25 * (columns + 1), 2 * (1.25 * rows + 0.5)), constrained_layout=True
+    )
+    for bank, some in zip(figure.subfigures(2, 1), (names[:columns], names[columns:]), strict=True):
+        axes = bank.subplots(rows, columns + 1, squeeze=False)
+        for i in range(rows):
+            picture = arena.images[i].cpu().permute(1, 2, 0).float()
+            picture = (picture - picture.min()) / (picture.max() - picture.min())
+            axes[i, 0].imshow(picture)
+            for k, name in enumerate(some, 1):
+                scores = np.maximum(results[name]["maps"][i], 0)
+                top = max(np.quantile(scores, 0.99), 1e-12)
+                axes[i, k].imshow(scores, cmap="magma", vmin=0, vmax=top)
+        for axis in axes.flat:
+            axis.set_axis_off()
+        for k, name in enumerate(["image", *some]):
+            words = name.replace("ClassEmbedding", "ClassEmbedding ").replace("Patch", " Patch")
+            words = words.replace("Relevance", "").strip().replace(" ", "\n", 2)
+            axes[0, k].set_title(words, fontsize=7.5)
     figure.savefig(path, dpi=150)
     plt.close(figure)

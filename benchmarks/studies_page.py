@@ -9,11 +9,11 @@ the same study with ``--variant paper``. The page's text stays as it is, only wh
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
+from pages import markdown, written
 
 from captum_classemb.studies import Row, read_rows, select
 from captum_classemb.studies import attention_perturbation as attention
@@ -40,12 +40,6 @@ def one(rows: Sequence[Row], **fields: object) -> Row:
     """The only row with these fields."""
     (row,) = select(rows, **fields)
     return row
-
-
-def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table."""
-    cells = [head, ["---"] * len(head), *lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def percent(value: float) -> str:
@@ -198,17 +192,6 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def written(page: str) -> str:
-    """The page with its tables as the results have them."""
-    for name, make in TABLES.items():
-        table = make()
-        block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if len(block.findall(page)) != 1:
-            raise click.ClickException(f"{PAGE.name} needs one place for the table {name}.")
-        page = block.sub(lambda place, table=table: f"{place[1]}\n{table}\n\n{place[2]}", page)
-    return page
-
-
 def draw() -> None:
     """Figures of all studies, small enough for a page."""
     drawers = {
@@ -226,7 +209,7 @@ def draw() -> None:
 @click.command()
 def main() -> None:
     """Write the page's tables, and its figures."""
-    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
     draw()
 
 
