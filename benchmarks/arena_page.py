@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from pages import markdown, written
+from page_tables import markdown, written
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
-from pages import markdown, written
+from page_tables import markdown, written
 
 from captum_classemb.studies import Row, read_rows, select
 from captum_classemb.studies import attention_perturbation as attention
