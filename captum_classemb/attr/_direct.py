@@ -13,13 +13,16 @@ from captum_classemb.readout import Chain, ClassEmbedding
 __all__ = ["direct_features", "directions_of_heads"]
 
 
-def directions_of_heads(tails: Sequence[Chain], u: Tensor, heads: Sequence[int]) -> list[Tensor]:
-    """How the heads of each attention module reach u: z = W_Oᵀu, with every σ on the way held.
+def directions_of_heads(
+    tails: Sequence[Chain], u: Tensor, heads: Sequence[int], hold: bool
+) -> list[Tensor]:
+    """How the heads of each attention module reach u: z = W_Oᵀu.
 
     Args:
         tails: the way from A·V to the residual stream, for each module.
         u: E directions of the residual stream at the rows, B×E×Q×D.
         heads: H of each module.
+        hold: treat every σ on the way as a constant.
 
     Returns:
         B×E×H×Q×d for each module.
@@ -27,9 +30,9 @@ def directions_of_heads(tails: Sequence[Chain], u: Tensor, heads: Sequence[int])
     found = []
     for tail, count in zip(tails, heads, strict=True):
         if u.shape[2] == 1:
-            z = tail.pull(u[:, :, 0], hold=True)[:, :, None]
+            z = tail.pull(u[:, :, 0], hold)[:, :, None]
         else:
-            z = torch.stack([tail.pull(rows, hold=True) for rows in u.unbind(1)], 1)
+            z = torch.stack([tail.pull(rows, hold) for rows in u.unbind(1)], 1)
         found.append(z.unflatten(-1, (count, -1)).transpose(2, 3))
     return found
 

@@ -107,7 +107,7 @@ class PatchImportance(PatchAttribution):
         estimates = []
         for step in self._stream(recording, readout.pull(final, contrast)):
             values, tails = recording["values"][step.block], recording["attn_tail"][step.block]
-            direct = directions_of_heads(tails, u, [v.shape[1] for v in values])
+            direct = directions_of_heads(tails, u, [v.shape[1] for v in values], hold=True)
             by_module = []
             for a, v, z, further in zip(step.weights, values, step.directions, direct, strict=True):
                 by_module.append(attention_contributions(a, v, torch.cat([z[:, None], further], 1)))
@@ -126,8 +126,10 @@ class PatchImportance(PatchAttribution):
                 cotangent, directions = derivative.pull(cotangent)
                 yield _Step(block, derivative.weights, directions)
             else:
-                directions = _directions(recording, block, cotangent)
-                yield _Step(block, recording["attention"][block], directions)
+                tails = recording["attn_tail"][block]
+                heads = [v.shape[1] for v in recording["values"][block]]
+                directions = directions_of_heads(tails, cotangent[:, None], heads, hold=False)
+                yield _Step(block, recording["attention"][block], [z[:, 0] for z in directions])
 
     # -- Many classes share the forward pass. What a block does to a cotangent is linear, so where
     # there are more classes than dimensions it is followed back for the dimensions alone.
@@ -284,12 +286,3 @@ def _direction(readout: Readout, rows: Tensor, g: Tensor) -> Tensor:
     except UnsupportedModelError:
         pulled: Tensor = readout.pull(rows, g)
         return pulled
-
-
-def _directions(recording: Recording, block: int, delta: Tensor) -> list[Tensor]:
-    """Cotangents of A·V in each module, B×H×Q×d, from that of what they add to the rows."""
-    pairs = zip(recording["attn_tail"][block], recording["values"][block], strict=True)
-    return [
-        tail.pull(delta).unflatten(-1, (values.shape[1], -1)).transpose(1, 2)
-        for tail, values in pairs
-    ]
