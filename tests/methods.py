@@ -47,7 +47,7 @@ PIXEL_METHODS: dict[str, Callable[[Any], Any]] = {
         ClassEmbeddingProjection, score="identifiability", site="attn_out", block=1
     ),
     "gradient": ClassEmbeddingGradient,
-    "gradient, cross-entropy": partial(ClassEmbeddingGradient, objective="cross_entropy"),
+    "gradient, log-probability": partial(ClassEmbeddingGradient, objective="log_probability"),
     "gradient, logit, some heads": partial(
         ClassEmbeddingGradient, objective="logit", blocks=[0, 2], heads=[1]
     ),

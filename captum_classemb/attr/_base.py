@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from captum.attr import Attribution
 from captum.log import log_usage
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from captum_classemb.readout import Readout
 from captum_classemb.vit import ViT, adapt
 
 __all__ = ["PatchAttribution", "choose"]
+
+
+_OPTIONS = ("objective", "score", "site", "block", "batch_size")
 
 
 def choose(indices: Sequence[int] | int | None, count: int, name: str) -> list[int]:
@@ -61,7 +65,21 @@ class PatchAttribution(Attribution):  # type: ignore[misc]
     def __init__(self, model: nn.Module, readout: Readout | None = None) -> None:
         self.vit: ViT = adapt(model)
         super().__init__(self.vit)
-        self.readout = self.vit.readout if readout is None else readout
+        self._given = (readout,)
+        if readout is None:
+            _ = self.vit.readout
+
+    @property
+    def readout(self) -> Readout:
+        """What maps features to logits: as given, or the model's own as it is now."""
+        given = self._given[0]
+        return self.vit.readout if given is None else given
+
+    def __repr__(self) -> str:
+        """The method, its model and its options."""
+        options = {k: v for k, v in vars(self).items() if k in _OPTIONS and v is not None}
+        listed = "".join(f", {name}={value!r}" for name, value in options.items())
+        return f"{type(self).__name__}({type(self.vit.model).__qualname__}{listed})"
 
     @log_usage(part_of_slo=True)  # type: ignore[untyped-decorator]
     def attribute(
@@ -104,13 +122,18 @@ class PatchAttribution(Attribution):  # type: ignore[misc]
 
     @abstractmethod
     def attribute_classes(
-        self, inputs: Tensor | tuple[Tensor, ...], classes: Sequence[int] | None = None
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        classes: Sequence[int] | None = None,
+        additional_forward_args: Any = None,
     ) -> Tensor:
         """The summed map of every class at once, from one forward pass.
 
         Args:
             inputs (Tensor or tuple[Tensor]): images, B×3×H×W.
             classes (Sequence[int], optional): the K classes wanted; all C if None. Default: None
+            additional_forward_args (Any, optional): further arguments of the model's forward.
+                Default: None
 
         Returns:
             Tensor: B×K×h×w.
@@ -128,9 +151,9 @@ class PatchAttribution(Attribution):  # type: ignore[misc]
     def _targets(self, target: Any, pixels: Tensor) -> Tensor:
         return targets(target, len(pixels), self.readout.num_classes, pixels.device)
 
-    def _classes(self, classes: Sequence[int] | None, pixels: Tensor) -> Tensor | None:
+    def _classes(self, classes: Sequence[int] | None, pixels: Tensor) -> Tensor:
         if classes is None:
-            return None
+            return torch.arange(self.readout.num_classes, device=pixels.device)
         wanted = list(classes)
         return targets(wanted, len(wanted), self.readout.num_classes, pixels.device)
 

@@ -2,43 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from captum_classemb.attr._base import PatchAttribution, choose
-from captum_classemb.attr._heads import head_count, pick_heads, source_tangents, stack_heads
-from captum_classemb.attr._inputs import images
-from captum_classemb.functional.attention import attention_gradient
-from captum_classemb.functional.objectives import (
-    Objective,
-    check_objective,
-    logit_gradient,
-    paper_weights,
-)
-from captum_classemb.functional.precision import exact
-from captum_classemb.readout import Chain, ClassEmbedding, Readout
-from captum_classemb.vit import ALL, Recording, record
+from captum_classemb.attr._forward_pass import Classes, ForwardPassAttribution, Needs
+from captum_classemb.errors import InputError
+from captum_classemb.functional.attention import values_along
+from captum_classemb.functional.objectives import check_objective, paper_weights
+from captum_classemb.functional.precision import no_autocast, upcast
+from captum_classemb.readout import ClassEmbedding, OutputPath, Readout
+from captum_classemb.vit.forward_pass import ForwardPass, Stage
 
 __all__ = ["ClassEmbeddingGradient"]
 
+_AT_ONCE = 1 << 22
+"""Numbers that are worked on at once on a CPU: more would leave its caches."""
 
-class ClassEmbeddingGradient(PatchAttribution):
+
+class ClassEmbeddingGradient(ForwardPassAttribution):
     """The patch importance of Vilas et al. (2023, §6), in one forward pass.
 
     For block b, the output of its attention takes the place of the final hidden states; the
     importance of token j in head k is ∂score/∂A_b[k, q, j] summed over the tokens q that the
-    readout reads. It equals v_j^k · (W_O^kᵀ δ), so no backward pass and no attention matrix is
-    needed.
+    readout reads. It equals v_j^k · (W_O^kᵀ δ), with δ the derivative of the score with respect to
+    attention's output, so no backward pass and no attention matrix is needed.
 
     Args:
         model (nn.Module): a supported Vision Transformer.
         readout (Readout, optional): maps features to logits. Default: the class embedding.
         objective (str, optional): ``"paper"``, what the published code computes: the
-            log-probability after a second softmax, read before LayerScale; ``"cross_entropy"``,
-            the log-probability; ``"logit"``. Default: ``"paper"``
+            log-probability after a second softmax, read before LayerScale;
+            ``"log_probability"``; ``"logit"``, the one to take for multi-label heads, where other
+            labels change nothing. A model with one logit is explained by it. Default: ``"paper"``
         blocks (Sequence[int], optional): the blocks used. Default: all
         heads (Sequence[int], optional): the heads used. Default: all
 
@@ -60,126 +58,140 @@ class ClassEmbeddingGradient(PatchAttribution):
         self,
         model: nn.Module,
         readout: Readout | None = None,
-        objective: Objective = "paper",
+        objective: Literal["paper", "log_probability", "logit"] = "paper",
         blocks: Sequence[int] | None = None,
         heads: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(model, readout)
-        check_objective(objective)
-        self.objective: Objective = objective
-        self.blocks = choose(blocks, len(self.vit.blocks), "block")
-        self.heads = choose(heads, head_count(self.vit), "head")
+        check_objective(objective, ("paper", "log_probability", "logit"))
+        super().__init__(model, readout, blocks, heads)
+        self.objective = objective
 
-    def _record(self, pixels: Tensor, args: tuple[Any, ...] = ()) -> Recording:
-        sites = {"values": ALL, "attn_tail": self.readout.reads}
-        return record(self.vit, pixels, sites, blocks=self.blocks, forward_args=args)
+    def needs(self) -> Needs:
+        return Needs(self.readout.reads, tuple(self.blocks))
 
-    def _patch_scores(self, pixels: Tensor, target: Any, args: tuple[Any, ...]) -> Tensor:
-        index = self._targets(target, pixels)
-        recording = self._record(pixels, args)
-        with exact(pixels.device):
-            scores = [self._block_scores(recording, block, index) for block in self.blocks]
-        return self._to_grid(pick_heads(torch.stack(scores, 1), self.heads), pixels)
+    def against(self, done: ForwardPass, index: Tensor, contrast: Any) -> Classes:
+        if contrast is not None and self.objective == "paper":
+            raise InputError(
+                "contrast is not defined for the objective 'paper': take 'logit' or "
+                "'log_probability'."
+            )
+        return super().against(done, index, contrast)
 
-    def _tails(self, recording: Recording, block: int) -> list[Chain]:
-        tails: list[Chain] = list(recording["attn_tail"][block])
+    def _paths(self, stage: Stage) -> list[OutputPath]:
+        paths = [memories.path for memories in stage.modules]
         if self.objective == "paper":
-            return [tail.before_layer_scale() for tail in tails]
-        return tails
+            return [path.before_layer_scale() for path in paths]
+        return paths
 
-    def _block_scores(self, recording: Recording, block: int, target: Tensor) -> Tensor:
-        """∂score/∂A summed over query rows: B×H×N."""
-        tails = self._tails(recording, block)
-        rows = sum_outputs(tails)
-        readout = self.readout.at(block, "attn_out")
-        delta = readout.pull(rows, logit_gradient(readout(rows), target, self.objective))
-        return stack_heads(
-            attention_gradient(v, tail.pull_rows(delta).unflatten(-1, (v.shape[1], -1)))
-            for tail, v in zip(tails, recording["values"][block], strict=True)
-        )
+    def _entries(self, done: ForwardPass, classes: Classes) -> list[Tensor]:
+        return [self._patches(self._stage_entries(stage, classes)) for stage in done.stages]
 
-    def attribute_classes(
-        self, inputs: Tensor | tuple[Tensor, ...], classes: Sequence[int] | None = None
-    ) -> Tensor:
-        pixels = images(self.vit, inputs)
-        index = self._classes(classes, pixels)
-        recording = self._record(pixels)
+    def _stage_entries(self, stage: Stage, classes: Classes) -> Tensor:
+        """∂score/∂A summed over query rows: L×B×H×K×N."""
+        paths = self._paths(stage)
+        rows = added(paths)
+        alike = all(path.uniform for path in paths)
+        delta = self._delta(stage, rows, classes, alike)
+        parts = []
+        for memories, path in zip(stage.modules, paths, strict=True):
+            z = path.vjp(delta)
+            z = z if z.shape[-3] == 1 else z.sum(-3, keepdim=True)
+            parts.append(values_along(memories.values, z)[..., 0, :, :])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def _delta(self, stage: Stage, rows: Tensor, classes: Classes, alike: bool) -> Tensor:
+        """∂score/∂rows of each block's own readout: L×B×Q×K×D, summed over Q where rows are alike."""
+
+        def of(readout: Readout, x: Tensor) -> Tensor:
+            g = self.weights(readout(x), classes, self.objective)
+            return readout.vjp(x, g, summed=alike)
+
+        readouts = [self.readout.at(block, "attn_out") for block in stage.blocks]
+        if all(readout is readouts[0] for readout in readouts):
+            return of(readouts[0], rows)
+        return torch.stack([of(r, x) for r, x in zip(readouts, rows, strict=True)])
+
+    # -- All classes of a linear head: what a unit of attention does to the features goes forward,
+    # and one product with the class embedding makes logits of it.
+
+    def class_maps(self, done: ForwardPass, index: Tensor) -> Tensor:
         readout = self.readout
-        with exact(pixels.device):
-            if isinstance(readout, ClassEmbedding) and self._shared_derivative(recording):
-                maps = self._all_classes(recording, readout, index)
-            else:
-                maps = self._class_by_class(recording, index)
-        return self._to_grid(maps, pixels)
+        paths = [path for stage in done.stages for path in self._paths(stage)]
+        one_way = all(path.uniform or path.output.shape[2] == 1 for path in paths)
+        if len(index) <= self._AT_ONCE or not (one_way and isinstance(readout, ClassEmbedding)):
+            return super().class_maps(done, index)
+        with no_autocast(done.logits.device):
+            return self._linear_head(done, readout, index)
 
-    def _shared_derivative(self, recording: Recording) -> bool:
-        """Whether one tangent stands for all query rows, so that it can be carried forward."""
-        tails = [tail for block in self.blocks for tail in self._tails(recording, block)]
-        return all(tail.uniform or tail.output.shape[1] == 1 for tail in tails)
+    def _linear_head(self, done: ForwardPass, readout: ClassEmbedding, index: Tensor) -> Tensor:
+        """B×K×N. With M_c the logit's map: M_c, M_c − Σ p M, or p_c(M_c − Σ p M) − Σ r M."""
+        everything, chosen = readout.head_weight(), readout.head_weight(index)
+        total: Tensor | None = None
+        leads, common = [], []
+        for stage in done.stages:
+            paths = self._paths(stage)
+            rows = added(paths)
+            logits = readout(rows)
+            leads.append(logits.argmax(-1))
+            p, r = paper_weights(logits) if self.objective == "paper" else (logits.softmax(-1),) * 2
+            for some in chunks(stage.modules[0].values):
+                features = readout.jvp_features(rows[some], self._tangents(stage, paths, some))
+                common.append((features @ (r[some] @ everything)[..., None]).sum(0))
+                if self.objective == "paper":
+                    mean = features @ (p[some] @ everything)[..., None]
+                    part = ((features @ chosen.T - mean) * p[some][..., None, index]).sum(0)
+                else:
+                    part = features.sum(0)
+                total = part if total is None else total.add_(part)
+        assert total is not None
+        maps = total if self.objective == "paper" else total @ chosen.T
+        if self.objective != "logit":
+            maps -= common[0] if len(common) == 1 else torch.stack(common).sum(0)
+            maps = self._leading(done, maps, torch.cat(leads), index)
+        return self._patches(maps.transpose(1, 2))
 
-    def _class_by_class(self, recording: Recording, classes: Tensor | None) -> Tensor:
-        wanted = range(self.readout.num_classes) if classes is None else classes.tolist()
-        maps = []
-        for c in wanted:
-            target = torch.full((len(recording.logits),), c, device=recording.logits.device)
-            scores = [self._block_scores(recording, block, target) for block in self.blocks]
-            maps.append(pick_heads(torch.stack(scores, 1), self.heads).sum((1, 2)))
-        return torch.stack(maps, 1)
+    def _tangents(self, stage: Stage, paths: Sequence[OutputPath], some: slice) -> Tensor:
+        """What a unit of attention to each token adds to the rows, all chosen heads: L'×B×N×D."""
+        total: Tensor | None = None
+        first = 0
+        for memories, path in zip(stage.modules, paths, strict=True):
+            v = upcast(memories.values[some])
+            if not self._every_head:
+                chosen = [float(first + k in self.heads) for k in range(v.shape[2])]
+                v = v * v.new_tensor(chosen)[:, None, None]
+            first += v.shape[2]
+            # Each source token is one of K = N tangents that all rows share.
+            t = v.transpose(2, 3).flatten(3)[:, :, None]
+            for step, x in zip(path.steps, path.inputs, strict=True):
+                t = step.at(x)[some].jvp(t)
+            total = t if total is None else total + t
+        assert total is not None
+        return total[:, :, 0]
 
-    def _all_classes(
-        self, recording: Recording, readout: ClassEmbedding, classes: Tensor | None
-    ) -> Tensor:
-        """B×K×N: what a unit of attention does to the features goes forward to all logits."""
-        if self.objective == "paper":
-            return self._all_classes_paper(recording, readout, classes)
-        everything = readout.head_weight()
-        summed, common = torch.zeros(()), torch.zeros(())
-        for rows, features in self._features(recording, readout):
-            summed = summed + features
-            if self.objective == "cross_entropy":
-                mean = readout(rows).softmax(-1) @ everything
-                common = common + _along(features, mean)[..., None]
-        return (summed @ readout.head_weight(classes).T - common).transpose(1, 2)
+    def _leading(self, done: ForwardPass, maps: Tensor, leads: Tensor, index: Tensor) -> Tensor:
+        """Classes that lead in some block take their maps (B×N×K) from the plain form.
 
-    def _all_classes_paper(
-        self, recording: Recording, readout: ClassEmbedding, classes: Tensor | None
-    ) -> Tensor:
-        """p_c (M_c − Σ p M) − Σ r M: each block weighs the classes in its own way."""
-        everything, chosen = readout.head_weight(), readout.head_weight(classes)
-        summed: Tensor | None = None
-        maps: Tensor | None = None
-        weights, means, common = [], [], torch.zeros(())
-        for rows, features in self._features(recording, readout):
-            p, r = paper_weights(readout(rows))
-            common = common + _along(features, r @ everything)[..., None]
-            means.append(_along(features, p @ everything))
-            weights.append(p if classes is None else p[:, classes])
-            # The same memory for every block: fresh pages would cost more than the product.
-            maps = torch.matmul(features, chosen.T, out=maps)
-            if summed is None:
-                summed = maps * weights[-1][:, None]
-            else:
-                summed.addcmul_(maps, weights[-1][:, None])
-        assert summed is not None
-        summed.baddbmm_(torch.stack(means, 2), torch.stack(weights, 1), alpha=-1.0)
-        return (summed - common).transpose(1, 2)
-
-    def _features(
-        self, recording: Recording, readout: ClassEmbedding
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each block the rows read (B×Q×D), and the features' change by token (B×N×F)."""
-        for block in self.blocks:
-            tails = self._tails(recording, block)
-            rows = sum_outputs(tails)
-            tangent = source_tangents(recording["values"][block], tails, self.heads)
-            yield rows, readout.push(rows, tangent)
+        Where p_c is close to 1, the differences above are lost to rounding.
+        """
+        classes = Classes(leads.T.contiguous())
+        plain = sum(
+            self._of_heads(self._stage_entries(stage, classes)).sum((0, 2)) for stage in done.stages
+        )
+        same = leads.T[:, :, None] == index
+        found = same.int().argmax(1)
+        taken = plain.gather(1, found[..., None].expand(-1, -1, plain.shape[2]))
+        return torch.where(same.any(1)[:, None], taken.transpose(1, 2), maps)
 
 
-def sum_outputs(tails: Sequence[Chain]) -> Tensor:
-    """What parallel attention modules add together: B×Q×D."""
-    return sum((tail.output for tail in tails[1:]), tails[0].output)
+def chunks(values: Tensor) -> list[slice]:
+    """The blocks (L×…) that are worked on at once: all on an accelerator, few megabytes on a CPU."""
+    count = len(values)
+    some = count
+    if values.device.type == "cpu":
+        some = max(1, min(count, _AT_ONCE // max(1, values[0].numel())))
+    return [slice(start, min(start + some, count)) for start in range(0, count, some)]
 
 
-def _along(features: Tensor, direction: Tensor) -> Tensor:
-    """Features (B×N×F) along one direction an image (B×F): B×N."""
-    return (features @ direction[..., None])[..., 0]
+def added(paths: Sequence[OutputPath]) -> Tensor:
+    """What parallel attention modules add together: L×B×Q×D."""
+    return sum((path.output for path in paths[1:]), paths[0].output)

@@ -17,8 +17,8 @@ from captum_classemb.attr._inputs import (
 )
 from captum_classemb.errors import InputError
 from captum_classemb.functional.memories import memory_contributions
-from captum_classemb.functional.precision import exact
-from captum_classemb.readout import Chain, Linear, Readout
+from captum_classemb.functional.precision import no_autocast
+from captum_classemb.readout import Linear, OutputPath, Readout
 from captum_classemb.vit import ALL, ViT, adapt, record, record_module
 
 __all__ = ["LayerClassEmbeddingProjection", "LayerMemoryContribution"]
@@ -103,7 +103,7 @@ class LayerClassEmbeddingProjection(_LayerMethod):
                 f"the layer's tokens have width {tokens.shape[-1]}, which the readout does not "
                 f"read: hidden states have {width}."
             )
-        with exact(pixels.device):
+        with no_autocast(pixels.device):
             scores = self.readout.project(tokens, index)
         return like_inputs(inputs, scores)
 
@@ -113,7 +113,7 @@ class LayerMemoryContribution(_LayerMethod):
 
     Coefficient × (value vector · class): the coefficients enter W_O or fc2, the value vectors are
     its columns, and the class direction is the readout of the token's last hidden state with σ
-    held. For the token that the readout reads, the memories of an MLP sum to its ledger entry
+    frozen. For the token that the readout reads, the memories of an MLP sum to its ledger entry
     (Vilas et al. 2023, §5).
 
     Args:
@@ -158,7 +158,7 @@ class LayerMemoryContribution(_LayerMethod):
         pixels = images(self.vit, inputs, args)
         index = self._targets(target, pixels)
         branch, block, part = self._find()
-        sites = [f"{branch}_coefficients", f"{branch}_tail", "final"]
+        sites = [f"{branch}_coefficients", f"{branch}_path", "final"]
         recording = record(
             self.vit,
             pixels,
@@ -166,10 +166,10 @@ class LayerMemoryContribution(_LayerMethod):
             blocks=[block],
             forward_args=args,
         )
-        with exact(pixels.device):
+        with no_autocast(pixels.device):
             u = self.readout.token_directions(recording["final"][0], index)
-            tail: Chain = recording[f"{branch}_tail"][block][part]
-            values = tail.since(Linear).pull(u, hold=True)
+            path: OutputPath = recording[f"{branch}_path"][block][part]
+            values = path.since(Linear).vjp(u[:, :, None], frozen=True)[:, :, 0]
             coefficients = recording[f"{branch}_coefficients"][block][part]
             scores = memory_contributions(coefficients.to(values.dtype), values)
         return like_inputs(inputs, scores)

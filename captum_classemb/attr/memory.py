@@ -3,32 +3,99 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import torch
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from captum_classemb.attr._base import PatchAttribution, choose
-from captum_classemb.attr._direct import direct_features
-from captum_classemb.attr._heads import head_count, pick_heads, stack_heads
+from captum_classemb.attr._forward_pass import (
+    Classes,
+    ForwardPassAttribution,
+    Needs,
+    head_counts,
+    run,
+)
 from captum_classemb.attr._inputs import TensorOrTuple, forward_args, images, like_inputs
 from captum_classemb.errors import InputError
-from captum_classemb.functional.attention import attention_contributions
+from captum_classemb.functional.attention import carried
 from captum_classemb.functional.ledger import LogitLedger
 from captum_classemb.functional.objectives import check_objective
-from captum_classemb.functional.precision import exact, wide
-from captum_classemb.readout import Chain, ClassEmbedding, Linear, Readout
+from captum_classemb.functional.precision import no_autocast, upcast
+from captum_classemb.readout import ClassEmbedding, Linear, OutputPath, Readout
 from captum_classemb.readout.steps import along
-from captum_classemb.vit import ALL, Recording, record
+from captum_classemb.vit import Recording
+from captum_classemb.vit.forward_pass import ForwardPass, Stage
 
-__all__ = ["MemoryPatchImportance"]
+__all__ = ["MemoryPatchImportance", "direct_entries", "direct_maps"]
 
 
-class MemoryPatchImportance(PatchAttribution):
+def direct_entries(stage: Stage, attention: Sequence[Tensor], u: Tensor) -> Tensor:
+    """A · v · (W_Oᵀu): what attention adds along the directions u, later blocks aside.
+
+    Args:
+        stage: blocks with their values and output paths.
+        attention: A at the query rows for each module, L×B×H×Q×N.
+        u: directions of the residual stream, B×Q×K×D.
+
+    Returns:
+        L×B×H×K×N.
+    """
+    each = u.expand(len(stage.blocks), *u.shape)
+    parts = [
+        carried(a, memories.values, memories.path.vjp(each, frozen=True))
+        for a, memories in zip(attention, stage.modules, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def direct_maps(
+    readout: ClassEmbedding,
+    final: Tensor,
+    stages: Sequence[Stage],
+    attention: Sequence[Sequence[Tensor]],
+    heads: Sequence[int] | None = None,
+) -> Tensor:
+    """The features of :func:`direct_entries` summed over blocks and heads, for a linear head.
+
+    The direction of a class is the same for all blocks, so blocks add up before classes are read:
+    ``maps = features @ readout.head_weight().T``.
+
+    Args:
+        readout: the class embedding.
+        final: the rows read after the last block, B×Q×D.
+        stages: blocks with their values and output paths.
+        attention: A at the query rows, for each stage and module, L×B×H×Q×N.
+        heads: the heads that count; all by default.
+
+    Returns:
+        B×N×F.
+    """
+    shares = readout.frozen_shares(final)
+    total: Tensor | None = None
+    for stage, weights in zip(stages, attention, strict=True):
+        first = 0
+        for a, memories in zip(weights, stage.modules, strict=True):
+            pooled = torch.einsum("bpq,lbhqn->lbphn", shares, a)
+            if heads is not None:
+                chosen = [float(first + k in heads) for k in range(a.shape[2])]
+                pooled = pooled * pooled.new_tensor(chosen)[:, None]
+            first += a.shape[2]
+            for block in range(len(stage.blocks)):
+                v = upcast(memories.values[block])[:, None] * pooled[block][..., None]
+                # Each source token is one of K = N tangents of a row.
+                t = v.transpose(2, 3).flatten(3)
+                for step, x in zip(memories.path.steps, memories.path.inputs, strict=True):
+                    t = step.at(x, frozen=True)[block].jvp(t)
+                total = t if total is None else total.add_(t)
+    assert total is not None
+    return readout.frozen_features(final, total)
+
+
+class MemoryPatchImportance(ForwardPassAttribution):
     """What attention's memories bring to the target's logit from each patch.
 
-    With every σ on the path held at its value, the logit splits exactly into what each block,
+    With every σ on the path frozen, the logit splits exactly into what each block,
     head and source token, each MLP, the embedding and the biases add (:meth:`ledger`). A patch's
     importance is the sum of its attention entries. Attributions alone do not sum to the logit:
     MLPs, prefix tokens, embedding and biases bring the rest.
@@ -36,7 +103,8 @@ class MemoryPatchImportance(PatchAttribution):
     Args:
         model (nn.Module): a supported Vision Transformer.
         readout (Readout, optional): maps features to logits. Default: the class embedding.
-        objective (str, optional): ``"logit"`` or ``"log_probability"``. Default: ``"logit"``
+        objective (str, optional): ``"logit"`` or ``"log_probability"``; a model with one
+            logit is explained by it. Default: ``"logit"``
         blocks (Sequence[int], optional): the blocks used. Default: all
         heads (Sequence[int], optional): the heads used. Default: all
 
@@ -63,44 +131,57 @@ class MemoryPatchImportance(PatchAttribution):
         blocks: Sequence[int] | None = None,
         heads: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(model, readout)
         check_objective(objective, ("logit", "log_probability"))
+        super().__init__(model, readout, blocks, heads)
         self.objective = objective
-        self.blocks = choose(blocks, len(self.vit.blocks), "block")
-        self.heads = choose(heads, head_count(self.vit), "head")
+
+    def needs(self) -> Needs:
+        return Needs(self.readout.reads, tuple(self.blocks), attention=True)
+
+    def _entries(self, done: ForwardPass, classes: Classes) -> list[Tensor]:
+        g = self.weights(self.model_logits(done), classes, self.objective)
+        u = self.readout.vjp(done.final, g, frozen=True)
+        return [
+            self._patches(direct_entries(stage, attention_of(stage), u)) for stage in done.stages
+        ]
+
+    # All classes of a linear head: the features' change goes forward, one product reads classes.
+    def class_maps(self, done: ForwardPass, index: Tensor) -> Tensor:
+        readout = self.readout
+        paths = [memories.path for stage in done.stages for memories in stage.modules]
+        one_way = all(path.uniform or path.output.shape[2] == 1 for path in paths)
+        if len(index) <= self._AT_ONCE or not (one_way and isinstance(readout, ClassEmbedding)):
+            return super().class_maps(done, index)
+        with no_autocast(done.logits.device):
+            attention = [attention_of(stage) for stage in done.stages]
+            heads = None if self._every_head else self.heads
+            features = direct_maps(readout, done.final, done.stages, attention, heads)
+            features = features[:, self.vit.prefix_tokens :]
+            maps = features @ readout.head_weight(index).T
+            if self.objective == "log_probability":
+                logits = self.model_logits(done)
+                maps = maps - features @ (logits.softmax(-1) @ readout.head_weight())[..., None]
+                # Where p_c is close to 1, this difference is lost to rounding.
+                top = logits.argmax(-1)
+                plain = self._summed(done, Classes(top[:, None]))
+                maps = torch.where((index == top[:, None])[:, None], plain.transpose(1, 2), maps)
+            return maps.transpose(1, 2)
+
+    # -- The ledger
 
     def has_convergence_delta(self) -> bool:
         """True if all blocks and heads are used: then the ledger is complete."""
         every_block = len(self.blocks) == len(self.vit.blocks)
-        return every_block and len(self.heads) == head_count(self.vit)
-
-    @overload
-    def attribute(
-        self,
-        inputs: TensorOrTuple,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        *,
-        return_convergence_delta: Literal[False] = False,
-    ) -> TensorOrTuple: ...
-
-    @overload
-    def attribute(
-        self,
-        inputs: TensorOrTuple,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        *,
-        return_convergence_delta: Literal[True],
-    ) -> tuple[TensorOrTuple, Tensor]: ...
+        return every_block and len(self.heads) == max(head_counts(self.vit))
 
     @log_usage(part_of_slo=True)  # type: ignore[untyped-decorator]
-    def attribute(
+    def attribute(  # type: ignore[override]
         self,
         inputs: TensorOrTuple,
         target: Any = None,
         additional_forward_args: Any = None,
         *,
+        contrast: Any = None,
         return_convergence_delta: bool = False,
     ) -> TensorOrTuple | tuple[TensorOrTuple, Tensor]:
         """Scores of pixels; see :meth:`PatchAttribution.attribute`.
@@ -110,6 +191,9 @@ class MemoryPatchImportance(PatchAttribution):
             target (int, tuple, Tensor or list): the class explained. Default: None
             additional_forward_args (Any, optional): further arguments of the model's forward.
                 Default: None
+            contrast (int, Tensor, list or "runner-up", optional): explain why the target and not
+                this class: the target's logit minus the other's. ``"runner-up"`` is the highest
+                other logit. Default: None
             return_convergence_delta (bool, optional): also return the sum of the ledger minus
                 the model's own score, B. Default: False
 
@@ -118,14 +202,13 @@ class MemoryPatchImportance(PatchAttribution):
                 heads only.
             TargetError: if the target is missing, out of range, or of the wrong length or type.
         """
+        if not return_convergence_delta:
+            return super().attribute(inputs, target, additional_forward_args, contrast=contrast)
+        self._require_complete()
         args = forward_args(additional_forward_args)
         pixels = images(self.vit, inputs, args)
-        if not return_convergence_delta:
-            patches = self._patch_scores(pixels, target, args)
-            return like_inputs(inputs, self._to_pixels(patches, pixels))
-        self._require_complete()
-        ledger = self._ledger(pixels, target, args)
-        patches = self._to_grid(ledger.attention, pixels)
+        ledger = self._ledger(pixels, target, args, contrast)
+        patches = self._on_grid(self._patches(ledger.attention), pixels)
         return like_inputs(inputs, self._to_pixels(patches, pixels)), ledger.delta
 
     def compute_convergence_delta(
@@ -135,6 +218,8 @@ class MemoryPatchImportance(PatchAttribution):
         end_point: Any = None,
         target: Any = None,
         additional_forward_args: Any = None,
+        *,
+        contrast: Any = None,
     ) -> Tensor:
         """Σ attributions + ``ledger(end_point).rest`` − score: 0 up to rounding, B.
 
@@ -149,9 +234,9 @@ class MemoryPatchImportance(PatchAttribution):
         self._require_complete()
         args = forward_args(additional_forward_args)
         pixels = images(self.vit, end_point, args)
-        ledger = self._ledger(pixels, target, args)
+        ledger = self._ledger(pixels, target, args, contrast)
         maps = attributions[0] if isinstance(attributions, (tuple, list)) else attributions
-        return wide(maps).flatten(1).sum(1) + ledger.rest - ledger.score
+        return upcast(maps).flatten(1).sum(1) + ledger.rest - ledger.score
 
     def _require_complete(self) -> None:
         if not self.has_convergence_delta():
@@ -165,6 +250,7 @@ class MemoryPatchImportance(PatchAttribution):
         target: Any = None,
         additional_forward_args: Any = None,
         *,
+        contrast: Any = None,
         memories: bool = False,
     ) -> LogitLedger:
         """Every entry of the target's logit or log-probability, of all blocks and heads.
@@ -174,153 +260,98 @@ class MemoryPatchImportance(PatchAttribution):
             target (int, tuple, Tensor or list): the class explained. Default: None
             additional_forward_args (Any, optional): further arguments of the model's forward.
                 Default: None
+            contrast (int, Tensor, list or "runner-up", optional): as for :meth:`attribute`; the
+                ledger is then of the difference of the two logits. Default: None
             memories (bool, optional): also split the entries by memory. Default: False
 
         Returns:
             LogitLedger: the entries; their sum is the model's own score up to rounding.
         """
         args = forward_args(additional_forward_args)
-        return self._ledger(images(self.vit, inputs, args), target, args, memories)
-
-    # -- One recorded pass, and the class direction u carried back through each branch.
-
-    def _sites(self, *further: str) -> dict[str, slice]:
-        reads = self.readout.reads
-        sites = {"values": ALL, "attention": reads, "attn_tail": reads, "final": reads}
-        return sites | dict.fromkeys(further, reads)
-
-    def _logit_weights(self, logits: Tensor, target: Tensor) -> Tensor:
-        """g, with score = g·logits (+ entropy): e_c, or e_c − p."""
-        one_hot = torch.zeros_like(logits).scatter_(1, target[:, None], 1.0)
-        return one_hot if self.objective == "logit" else one_hot - logits.softmax(-1)
-
-    def _model_logits(self, recording: Recording) -> Tensor:
-        own = self.vit.has_readout and self.readout is self.vit.readout
-        return wide(recording.logits) if own else self.readout(recording["final"][0])
-
-    def _patch_scores(self, pixels: Tensor, target: Any, args: tuple[Any, ...]) -> Tensor:
-        index = self._targets(target, pixels)
-        recording = record(self.vit, pixels, self._sites(), blocks=self.blocks, forward_args=args)
-        with exact(pixels.device):
-            g = self._logit_weights(self._model_logits(recording), index)
-            u = self.readout.hold(recording["final"][0]).pull(g)
-            entries = [_attention_entries(recording, block, u)[0] for block in self.blocks]
-        return self._to_grid(pick_heads(torch.stack(entries, 1), self.heads), pixels)
+        return self._ledger(images(self.vit, inputs, args), target, args, contrast, memories)
 
     def _ledger(
-        self, pixels: Tensor, target: Any, args: tuple[Any, ...], memories: bool = False
+        self,
+        pixels: Tensor,
+        target: Any,
+        args: tuple[Any, ...],
+        contrast: Any,
+        memories: bool = False,
     ) -> LogitLedger:
         index = self._targets(target, pixels)
+        reads = self.readout.reads
         by_memory = ("attn_coefficients", "mlp_coefficients") if memories else ()
-        sites = self._sites("mlp_tail", "embedding", *by_memory)
-        recording = record(self.vit, pixels, sites, forward_args=args)
-        with exact(pixels.device):
-            logits = self._model_logits(recording)
-            g = self._logit_weights(logits, index)
-            held = self.readout.hold(recording["final"][0])
-            u, bias = held.pull(g), held.offset(g)
-            attention, mlp = [], []
-            for block in range(len(self.vit.blocks)):
-                entries, offsets = _attention_entries(recording, block, u)
-                attention.append(entries)
+        sites = dict.fromkeys(("mlp_path", "embedding", *by_memory), reads)
+        every = tuple(range(len(self.vit.blocks)))
+        done = run(self, Needs(reads, every, attention=True, sites=sites), pixels, args)
+        recording = done.recording
+        assert recording is not None
+        with torch.inference_mode(False), no_autocast(pixels.device):
+            classes = self.against(done, index, contrast)
+            logits = self.model_logits(done)
+            g = self.weights(logits, classes, self.objective)
+            u = self.readout.vjp(done.final, g, frozen=True)
+            constant, pool = self.readout.constants(done.final, g)
+            bias, attention, mlp = constant[:, 0], [], []
+            for stage in done.stages:
+                attention.append(direct_entries(stage, attention_of(stage), u)[..., 0, :])
+                for memories_ in stage.modules:
+                    each = u.expand(len(stage.blocks), *u.shape)
+                    bias = bias + memories_.path.biases(each).sum(0)[:, 0]
+            for paths in recording["mlp_path"]:
+                entry, offsets = _mlp_entry(paths, u)
+                mlp.append(entry)
                 bias = bias + offsets
-                added, offsets = _mlp_entry(recording["mlp_tail"][block], u)
-                mlp.append(added)
-                bias = bias + offsets
+            done.checks.finish()
+            plain = self.objective == "logit" or logits.shape[1] == 1 or classes.contrast is not None
             log_p = logits.log_softmax(-1)
-            plain = self.objective == "logit"
-            score = (logits if plain else log_p).gather(1, index[:, None])[:, 0]
+            score = (logits if plain else log_p).gather(1, classes.index)[:, 0]
+            if classes.contrast is not None:
+                score = score - logits.gather(1, classes.contrast)[:, 0]
             return LogitLedger(
-                attention=torch.stack(attention, 1),
+                attention=torch.cat(attention).transpose(0, 1),
                 mlp=torch.stack(mlp, 1),
-                embedding=(wide(recording["embedding"][0]) * u).sum((1, 2)),
+                embedding=(upcast(recording["embedding"][0]) * u[:, :, 0]).sum((1, 2)),
                 bias=bias,
                 score=score,
                 prefix_tokens=self.vit.prefix_tokens,
-                pool=held.pooled_mlp(g),
+                pool=None if pool is None else pool[:, 0],
                 entropy=None if plain else (log_p.exp() * log_p).sum(-1),
-                attention_memories=_by_memory(recording, "attn", u) if memories else None,
-                mlp_memories=_by_memory(recording, "mlp", u) if memories else None,
+                attention_memories=_by_memory(recording, "attn", done, u) if memories else None,
+                mlp_memories=_by_memory(recording, "mlp", done, u) if memories else None,
             )
 
-    # -- All classes
 
-    def attribute_classes(
-        self, inputs: Tensor | tuple[Tensor, ...], classes: Sequence[int] | None = None
-    ) -> Tensor:
-        pixels = images(self.vit, inputs)
-        index = self._classes(classes, pixels)
-        recording = record(self.vit, pixels, self._sites(), blocks=self.blocks)
-        with exact(pixels.device):
-            tails = [tail for block in self.blocks for tail in recording["attn_tail"][block]]
-            shared = all(tail.uniform or tail.output.shape[1] == 1 for tail in tails)
-            if shared and isinstance(self.readout, ClassEmbedding):
-                maps = self._all_classes(recording, self.readout, index)
-            else:
-                maps = self._class_by_class(recording, index)
-        return self._to_grid(maps, pixels)
-
-    def _all_classes(
-        self, recording: Recording, readout: ClassEmbedding, classes: Tensor | None
-    ) -> Tensor:
-        """B×K×N: the features' change goes forward to all classes."""
-        tails, attention, values = (
-            [recording[site][block] for block in self.blocks]
-            for site in ("attn_tail", "attention", "values")
-        )
-        final = recording["final"][0]
-        features = direct_features(readout, final, tails, attention, values, self.heads)
-        maps = features @ readout.head_weight(classes).T
-        if self.objective == "log_probability":
-            p = self._model_logits(recording).softmax(-1)
-            maps = maps - features @ (p @ readout.head_weight())[..., None]
-        return maps.transpose(1, 2)
-
-    def _class_by_class(self, recording: Recording, classes: Tensor | None) -> Tensor:
-        logits = self._model_logits(recording)
-        held = self.readout.hold(recording["final"][0])
-        wanted = range(logits.shape[1]) if classes is None else classes.tolist()
-        maps = []
-        for c in wanted:
-            g = self._logit_weights(logits, logits.new_full((len(logits),), c, dtype=torch.int64))
-            u = held.pull(g)
-            entries = [_attention_entries(recording, block, u)[0] for block in self.blocks]
-            maps.append(pick_heads(torch.stack(entries, 1), self.heads).sum((1, 2)))
-        return torch.stack(maps, 1)
+def attention_of(stage: Stage) -> list[Tensor]:
+    """A at the query rows of each module, where it was recorded: L×B×H×Q×N."""
+    return [memories.attention for memories in stage.modules if memories.attention is not None]
 
 
-def _attention_entries(recording: Recording, block: int, u: Tensor) -> tuple[Tensor, Tensor]:
-    """A·v·(W_Oᵀu) by head and source token (B×H×N), and what biases on the way add (B)."""
-    entries, total = [], u.new_zeros(len(u))
-    sites = (recording[site][block] for site in ("attn_tail", "attention", "values"))
-    for tail, weights, values in zip(*sites, strict=True):
-        z, bias = tail.pull_offsets(u)
-        heads = z.unflatten(-1, (values.shape[1], -1)).transpose(1, 2)
-        entries.append(attention_contributions(weights, values, heads[:, None])[:, 0])
-        total = total + bias
-    return stack_heads(entries), total
-
-
-def _mlp_entry(tails: Sequence[Chain], u: Tensor) -> tuple[Tensor, Tensor]:
+def _mlp_entry(paths: Sequence[OutputPath], u: Tensor) -> tuple[Tensor, Tensor]:
     """What the MLPs of a block add along u without biases, and what their biases add: B, B."""
     entry, total = u.new_zeros(len(u)), u.new_zeros(len(u))
-    for tail in tails:
-        outer = Chain(tail.steps[1:], tail.trace[1:])
-        direction, offsets = outer.pull_offsets(u)
-        bias = along(tail.steps[0].offset(), direction)
-        entry = entry + (wide(tail.trace[1]) * direction).sum((1, 2)) - bias
-        total = total + offsets + bias
+    for path in paths:
+        outer = OutputPath(path.steps[1:], path.inputs[1:], path.output)
+        direction = outer.vjp(u, frozen=True)
+        bias = along(path.steps[0].offset(), direction)[:, 0]
+        written = path.inputs[1] if len(path.inputs) > 1 else path.output
+        entry = entry + (upcast(written) * direction[:, :, 0]).sum((1, 2)) - bias
+        total = total + outer.biases(u)[:, 0] + bias
     return entry, total
 
 
-def _by_memory(recording: Recording, branch: str, u: Tensor) -> Tensor:
+def _by_memory(recording: Recording, branch: str, done: ForwardPass, u: Tensor) -> Tensor:
     """Coefficient × (value vector · u), summed over the rows read: B×L×M."""
     rows = []
-    pairs = zip(recording[f"{branch}_tail"], recording[f"{branch}_coefficients"], strict=True)
-    for tails, coefficients in pairs:
-        parts = [
-            (wide(m) * tail.since(Linear).pull(u, hold=True)).sum(1)
-            for tail, m in zip(tails, coefficients, strict=True)
-        ]
-        rows.append(torch.cat(parts, -1))
+    for block, coefficients in enumerate(recording[f"{branch}_coefficients"]):
+        if branch == "mlp":
+            along_u = [p.since(Linear).vjp(u, True) for p in recording["mlp_path"][block]]
+        else:
+            stage = next(s for s in done.stages if block in s.blocks)
+            place = stage.blocks.index(block)
+            each = u.expand(len(stage.blocks), *u.shape)
+            paths = [m.path.since(Linear) for m in stage.modules]
+            along_u = [path.vjp(each, frozen=True)[place] for path in paths]
+        pairs = zip(coefficients, along_u, strict=True)
+        rows.append(torch.cat([(upcast(m) * v[:, :, 0]).sum(1) for m, v in pairs], -1))
     return torch.stack(rows, 1)

@@ -8,11 +8,11 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from captum_classemb.attr._base import PatchAttribution, choose
-from captum_classemb.attr._inputs import images
+from captum_classemb.attr._inputs import forward_args, images
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.functional.grid import tile
 from captum_classemb.functional.identifiability import all_ranks, identifiability
-from captum_classemb.functional.precision import exact
+from captum_classemb.functional.precision import no_autocast
 from captum_classemb.readout import Readout
 from captum_classemb.vit import record
 
@@ -105,7 +105,7 @@ class ClassEmbeddingProjection(PatchAttribution):
     def _patch_scores(self, pixels: Tensor, target: Any, args: tuple[Any, ...]) -> Tensor:
         index = self._targets(target, pixels)
         tokens = self._tokens(pixels, args)
-        with exact(pixels.device):
+        with no_autocast(pixels.device):
             scores = token_scores(self._readout(), tokens, index, self.score)
         return self._to_grid(scores[:, None], pixels)
 
@@ -119,12 +119,16 @@ class ClassEmbeddingProjection(PatchAttribution):
         return self.readout.at(self.block, self.site)
 
     def attribute_classes(
-        self, inputs: Tensor | tuple[Tensor, ...], classes: Sequence[int] | None = None
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        classes: Sequence[int] | None = None,
+        additional_forward_args: Any = None,
     ) -> Tensor:
-        pixels = images(self.vit, inputs)
-        index = self._classes(classes, pixels)
-        tokens = self._tokens(pixels, ())
-        with exact(pixels.device):
+        args = forward_args(additional_forward_args)
+        pixels = images(self.vit, inputs, args)
+        index = None if classes is None else self._classes(classes, pixels)
+        tokens = self._tokens(pixels, args)
+        with no_autocast(pixels.device):
             scores = self._readout().project(tokens)
             if self.score == "identifiability":
                 scores = 1.0 - all_ranks(scores).double() / scores.shape[-1]

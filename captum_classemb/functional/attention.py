@@ -1,19 +1,19 @@
-"""What attention to a token brings to a direction of the residual stream."""
+"""Attention weights for the query rows that are asked for, and what they carry along a direction."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from captum_classemb.functional.precision import wide
+from captum_classemb.functional.precision import upcast
 
-__all__ = ["attention_contributions", "attention_gradient", "attention_weights"]
+__all__ = ["attention_weights", "carried", "values_along"]
 
 
 def attention_weights(
     query: Tensor, key: Tensor, scale: float, bias: Tensor | None = None
 ) -> Tensor:
-    """softmax(scale·q·kᵀ + bias) for the query rows given.
+    """softmax(scale · query·keyᵀ + bias) for the query rows given.
 
     Args:
         query: B×H×Q×d.
@@ -26,39 +26,50 @@ def attention_weights(
     """
     # Under autocast the product would be rounded to half precision again.
     with torch.autocast(query.device.type, enabled=False):
-        scores = (wide(query) * scale) @ wide(key).transpose(-2, -1)
+        query, key = upcast(query) * scale, upcast(key)
+        scores = _one_row(query, key) if query.shape[2] == 1 else query @ key.mT
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
     return scores.softmax(-1)
 
 
-def attention_gradient(values: Tensor, direction: Tensor) -> Tensor:
-    """∂score/∂A[k, q, j] summed over the query rows q: v_j^k · Σ_q (W_O^kᵀ δ_q).
+def _one_row(query: Tensor, key: Tensor) -> Tensor:
+    """query·keyᵀ for one row: heads side by side in one product, so that no key is copied."""
+    batch, heads, count, width = key.shape
+    beside = key.transpose(1, 2)
+    if beside.stride(2) != width * beside.stride(3) or batch * heads == 1:
+        return query @ key.mT
+    blocks = torch.eye(heads, dtype=query.dtype, device=query.device)
+    spread = (query[:, :, 0, :, None] * blocks[:, None]).flatten(1, 2)
+    return (beside.flatten(2) @ spread).transpose(1, 2)[:, :, None]
+
+
+def values_along(values: Tensor, directions: Tensor) -> Tensor:
+    """v_j^k · z_q^k: each value vector along the directions of its head.
 
     Args:
-        values: v, B×H×N×d.
-        direction: Σ_q W_O^kᵀ δ_q, B×H×d.
+        values: v, …×H×N×d.
+        directions: z, …×Q×K×(H·d), K directions for each of Q query rows.
 
     Returns:
-        B×H×N.
+        …×H×Q×K×N.
     """
-    return (direction[..., None, :] @ values.to(direction.dtype).transpose(-2, -1))[..., 0, :]
+    heads, width = values.shape[-3], values.shape[-1]
+    *lead, rows, count, _ = directions.shape
+    z = directions.reshape(*lead, rows * count, heads, width).transpose(-2, -3)
+    along: Tensor = z @ values.to(z.dtype).mT
+    return along.unflatten(-2, (rows, count))
 
 
-def attention_contributions(weights: Tensor, values: Tensor, directions: Tensor) -> Tensor:
-    """Σ_q A[k, q, j] · v_j^k · z_q^k: what each source token brings along the directions z.
+def carried(attention: Tensor, values: Tensor, directions: Tensor) -> Tensor:
+    """Σ_q A[q, j] · v_j^k · z_q^k: what attention brings from each source token along z.
 
     Args:
-        weights: A, B×H×Q×N.
-        values: v, B×H×N×d.
-        directions: z = W_O^kᵀ u_q for each of E directions u, B×E×H×Q×d.
+        attention: A, …×H×Q×N.
+        values: v, …×H×N×d.
+        directions: z = W_Oᵀu, …×Q×K×(H·d).
 
     Returns:
-        B×E×H×N.
+        …×H×K×N.
     """
-    values = values.to(directions.dtype).transpose(-2, -1)
-    if weights.shape[2] == 1:
-        # One product reads the values once for all directions.
-        by_head = directions[:, :, :, 0].transpose(1, 2)
-        return (weights * (by_head @ values)).transpose(1, 2)
-    return torch.stack([(weights * (z @ values)).sum(2) for z in directions.unbind(1)], 1)
+    return (attention[..., None, :] * values_along(values, directions)).sum(-3)

@@ -1,18 +1,19 @@
-"""Layer norm and RMS norm: values, derivatives, and the affine map that is left when σ is held.
+"""Layer norm and RMS norm: values and Jacobians, with σ free or frozen.
 
 With x̂ the normalised input and σ its scale, the Jacobian is
-J = diag(γ)(I − 11ᵀ/D − x̂x̂ᵀ/D)/σ; RMS norm has no 11ᵀ/D. With σ held the x̂x̂ᵀ term falls away.
+J = diag(γ)(I − 11ᵀ/D − x̂x̂ᵀ/D)/σ; RMS norm has no 11ᵀ/D. With σ frozen the x̂x̂ᵀ term falls away.
 timm's "simple" norm divides by the standard deviation without removing the mean.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["NormKind", "Normalised", "normalise", "pull", "pull_rows", "push"]
+__all__ = ["NormJacobian", "NormKind", "Normalised", "normalise"]
 
 NormKind = Literal["layer", "rms", "simple"]
 
@@ -48,43 +49,63 @@ def normalise(x: Tensor, eps: float, kind: NormKind) -> Normalised:
     return Normalised(x * inverse_sigma if kind == "simple" else slope, slope, inverse_sigma)
 
 
-def pull(
-    cotangent: Tensor, state: Normalised, gamma: Tensor | None, kind: NormKind, hold: bool
-) -> Tensor:
-    """Carry a cotangent (…×D) of the norm's output back to its input: Jᵀ·cotangent.
+@dataclass(frozen=True)
+class NormJacobian:
+    """diag(γ/σ)(I − 11ᵀ/D − x̂x̂ᵀ/D) at each row, without the last term where σ is frozen.
 
-    Args:
-        cotangent: derivative of a scalar with respect to the norm's output, …×D.
-        state: the normalised input.
-        gamma: the norm's weight, D, or None.
-        kind: which norm.
-        hold: treat σ as a constant.
+    Attributes:
+        scale: γ/σ, …×Q×D or …×Q×1.
+        centres: whether the norm removes the mean.
+        x_hat, slope: the two factors of σ's term, …×Q×D; None where σ is frozen.
     """
-    c = cotangent if gamma is None else cotangent * gamma
-    sigma_term = 0.0 if hold else state.sigma_slope * (state.x_hat * c).mean(-1, keepdim=True)
-    if kind == "layer":
-        c = c - c.mean(-1, keepdim=True)
-    return (c - sigma_term) * state.inverse_sigma
 
+    scale: Tensor
+    centres: bool
+    x_hat: Tensor | None = None
+    slope: Tensor | None = None
 
-def pull_rows(cotangent: Tensor, state: Normalised, gamma: Tensor | None, kind: NormKind) -> Tensor:
-    """:func:`pull` summed over rows: …×Q×D to …×1×D, without a tensor of all rows' cotangents."""
-    c = cotangent if gamma is None else cotangent * gamma
-    inverse = state.inverse_sigma.transpose(-2, -1)
-    share = inverse * (state.x_hat * c).mean(-1)[..., None, :]
-    total = inverse @ c
-    if kind == "layer":
-        total = total - total.mean(-1, keepdim=True)
-    return total - share @ state.sigma_slope
+    @classmethod
+    def at(
+        cls, state: Normalised, gamma: Tensor | None, kind: NormKind, frozen: bool
+    ) -> NormJacobian:
+        """The Jacobian at a normalised input, with σ a constant if ``frozen``."""
+        scale = state.inverse_sigma if gamma is None else state.inverse_sigma * gamma
+        if frozen:
+            return cls(scale, kind == "layer")
+        return cls(scale, kind == "layer", state.x_hat, state.sigma_slope)
 
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        """Jᵀ·cotangent: …×Q×K×D for K cotangents of each row."""
+        return self._project(cotangent * self.scale[..., None, :], self.x_hat, self.slope)
 
-def push(
-    tangent: Tensor, state: Normalised, gamma: Tensor | None, kind: NormKind, hold: bool
-) -> Tensor:
-    """Carry a tangent (…×D) of the norm's input forward to its output: J·tangent."""
-    t = tangent
-    sigma_term = 0.0 if hold else state.x_hat * (state.sigma_slope * t).mean(-1, keepdim=True)
-    if kind == "layer":
-        t = t - t.mean(-1, keepdim=True)
-    t = (t - sigma_term) * state.inverse_sigma
-    return t if gamma is None else t * gamma
+    def jvp(self, tangent: Tensor) -> Tensor:
+        """J·tangent: …×Q×K×D for K tangents of each row."""
+        return self._project(tangent, self.slope, self.x_hat) * self.scale[..., None, :]
+
+    def __getitem__(self, index: int) -> NormJacobian:
+        """Of one block, where the rows are L×…."""
+        parts = (None if t is None else t[index] for t in (self.x_hat, self.slope))
+        return NormJacobian(self.scale[index], self.centres, *parts)
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Jᵀ·c = scale∘c − (c·into)·back, for cotangents c of few rows: three operations.
+
+        Returns:
+            scale (…×Q×1×D), into (…×Q×D×r) and back (…×Q×r×D).
+        """
+        assert self.x_hat is not None and self.slope is not None
+        scale, root = self.scale[..., None, :], self.x_hat.shape[-1] ** -0.5
+        right, left = [self.x_hat * root], [self.slope * root]
+        if self.centres:
+            mean = torch.full_like(self.x_hat, root)
+            right, left = [mean, *right], [mean, *left]
+        basis = torch.stack(right, -2)
+        back = basis if self.slope is self.x_hat else torch.stack(left, -2)
+        return scale, (basis * scale).mT, back
+
+    def _project(self, v: Tensor, right: Tensor | None, left: Tensor | None) -> Tensor:
+        out = v - v.mean(-1, keepdim=True) if self.centres else v
+        if right is None or left is None:
+            return out
+        along = v @ (right / v.shape[-1])[..., None]
+        return torch.addcmul(out, along, left[..., None, :], value=-1)

@@ -1,4 +1,9 @@
-"""The scores that a gradient can explain, as derivatives with respect to the class logits."""
+"""The scores that an attribution explains, as derivatives with respect to the class logits.
+
+The gradient of log p_c is e_c − p. Where p_c is close to 1 it is small and lost to rounding if
+written so. The log-odds log(p_c / (1 − p_c)) has the gradient e_c − q, with q the softmax over the
+other classes; λ = 1 − p_c, summed from the others, times that is the same without cancellation.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +14,12 @@ from torch import Tensor
 
 from captum_classemb.errors import InputError
 
-__all__ = ["Objective", "check_objective", "logit_gradient", "paper_weights"]
+__all__ = ["Objective", "check_objective", "logit_gradient", "paper_weights", "runner_up"]
 
-Objective = Literal["paper", "cross_entropy", "logit"]
+Objective = Literal["paper", "log_probability", "logit", "log_odds"]
 
 
-def check_objective(objective: str, allowed: tuple[str, ...] = get_args(Objective)) -> None:
+def check_objective(objective: str, allowed: tuple[str, ...]) -> None:
     """Raise InputError unless ``objective`` is one of ``allowed``."""
     if objective not in allowed:
         raise InputError(f"objective {objective!r} is none of {', '.join(map(repr, allowed))}.")
@@ -32,32 +37,58 @@ def paper_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
     """
     p = logits.softmax(-1)
     s = p.softmax(-1)
-    return p, p * (s - (p * s).sum(-1, keepdim=True))
+    top = p.argmax(-1, keepdim=True)
+    # For the class on top s − p·s = Σ_k p_k(s_top − s_k), which does not cancel.
+    others = p.scatter(-1, top, 0.0)
+    at_top = s.gather(-1, top) * others.sum(-1, keepdim=True) - (others * s).sum(-1, keepdim=True)
+    r = p * (s - (p * s).sum(-1, keepdim=True)).scatter(-1, top, at_top)
+    return p, r
 
 
-def logit_gradient(logits: Tensor, target: Tensor, objective: Objective) -> Tensor:
-    """∂score/∂z for one target class a row.
+def logit_gradient(
+    logits: Tensor, target: Tensor, objective: Objective, contrast: Tensor | None = None
+) -> Tensor:
+    """∂score/∂z for K target classes of each image.
 
     Args:
-        logits: z, B×C.
-        target: class indices, B.
-        objective: ``"logit"`` is z_c, ``"cross_entropy"`` is log p_c, ``"paper"`` is the
+        logits: z, …×B×C.
+        target: class indices, B×K.
+        objective: ``"logit"`` is z_c; ``"log_probability"`` is log p_c; ``"log_odds"`` is
+            log p_c − log(1 − p_c), a multiple of the same direction; ``"paper"`` is the
             log-probability after a second softmax, as the code of Vilas et al. (2023) computes it.
+            With one class there is nothing to normalise over: all are the logit.
+        contrast: other classes, B×K: the score is then z_c − z_other.
 
     Returns:
-        B×C.
+        …×B×K×C.
 
     Examples:
-        >>> logit_gradient(torch.zeros(1, 2), torch.tensor([0]), "cross_entropy")
-        tensor([[ 0.5000, -0.5000]])
+        >>> logit_gradient(torch.zeros(1, 2), torch.tensor([[0]]), "log_probability")
+        tensor([[[ 0.5000, -0.5000]]])
     """
-    check_objective(objective)
-    one_hot = torch.zeros_like(logits).scatter_(-1, target[..., None], 1.0)
-    if objective == "logit":
+    check_objective(objective, get_args(Objective))
+    classes = logits.shape[-1]
+    target = target.expand(*logits.shape[:-1], target.shape[-1])
+    zeros = logits.new_zeros(*target.shape, classes)
+    index = target[..., None]
+    one_hot = zeros.scatter(-1, index, 1.0)
+    if contrast is not None:
+        return one_hot.scatter(-1, contrast.expand(target.shape)[..., None], -1.0)
+    if objective == "logit" or classes == 1:
         return one_hot
-    if objective == "cross_entropy":
-        # 1 − p_c as the sum of the others: where p_c rounds to 1 they are still told apart.
-        others = logits.softmax(-1).scatter(-1, target[..., None], 0.0)
-        return one_hot * others.sum(-1, keepdim=True) - others
-    p, r = paper_weights(logits)
-    return p.gather(-1, target[..., None]) * (one_hot - p) - r
+    if objective == "paper":
+        p, r = (part[..., None, :] for part in paper_weights(logits))
+        p = p.expand(zeros.shape)
+        own, others = p.gather(-1, index), p.scatter(-1, index, 0.0)
+        return own * (one_hot * others.sum(-1, keepdim=True) - others) - r
+    others = logits[..., None, :].expand(zeros.shape).scatter(-1, index, float("-inf"))
+    log_odds = one_hot - others.softmax(-1)
+    if objective == "log_odds":
+        return log_odds
+    return log_odds * (others.logsumexp(-1) - logits.logsumexp(-1)[..., None]).exp()[..., None]
+
+
+def runner_up(logits: Tensor, target: Tensor) -> Tensor:
+    """The highest logit beside the target's, for each of K targets: B×K."""
+    others = logits[:, None].expand(*target.shape, -1).scatter(-1, target[..., None], float("-inf"))
+    return others.argmax(-1)

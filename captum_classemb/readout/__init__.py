@@ -1,33 +1,46 @@
 """Maps from features of a Vision Transformer to class logits."""
 
 from captum_classemb.readout.attention_pooled import AttentionPooled, ProbePool, TimmLatentPool
-from captum_classemb.readout.base import HeldReadout, Readout
+from captum_classemb.readout.base import Readout
 from captum_classemb.readout.class_embedding import ClassEmbedding, Part
 from captum_classemb.readout.files import encode_readout, load_readout, save_readout
 from captum_classemb.readout.function import FunctionReadout
 from captum_classemb.readout.placed import PlacedReadout
 from captum_classemb.readout.probe import LinearProbe, ProbeHeads
-from captum_classemb.readout.steps import Chain, Gate, LayerScale, Linear, Norm, Scale, Step
+from captum_classemb.readout.steps import (
+    Activation,
+    Gate,
+    GatedActivation,
+    LayerScale,
+    Linear,
+    Norm,
+    OutputPath,
+    Scale,
+    SideBySide,
+    Step,
+)
 from captum_classemb.readout.text import TextEmbedding
 from captum_classemb.readout.tuned import Translator, TunedLens
 
 __all__ = [
+    "Activation",
     "AttentionPooled",
-    "Chain",
     "ClassEmbedding",
     "FunctionReadout",
     "Gate",
-    "HeldReadout",
+    "GatedActivation",
     "LayerScale",
     "Linear",
     "LinearProbe",
     "Norm",
     "Part",
+    "OutputPath",
     "PlacedReadout",
     "ProbeHeads",
     "ProbePool",
     "Readout",
     "Scale",
+    "SideBySide",
     "Step",
     "TextEmbedding",
     "TimmLatentPool",

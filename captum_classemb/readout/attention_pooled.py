@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_classemb.errors import UnsupportedModelError
-from captum_classemb.functional.precision import wide
+from captum_classemb.functional.precision import upcast
 from captum_classemb.readout.base import Readout
-from captum_classemb.readout.steps import Chain, Linear, Norm, Step, along
+from captum_classemb.readout.steps import OutputPath, Linear, Norm, Step, along
 
-__all__ = ["AttentionPooled", "HeldAttentionPooled", "LatentPool", "ProbePool", "TimmLatentPool"]
+__all__ = ["AttentionPooled", "LatentPool", "ProbePool", "TimmLatentPool"]
 
 
 class LatentPool(ABC):
@@ -52,36 +52,36 @@ class LatentPool(ABC):
         """What the MLP adds to the pooled token, …×D; None without one."""
 
     def weights(self, tokens: Tensor) -> Tensor:
-        """A: B×H×N, for tokens B×N×D in float32 or wider."""
-        query = wide(self.query()) * self.scale
+        """A: B×H×N, for tokens B×N×D in float32 or upcastr."""
+        query = upcast(self.query()) * self.scale
         weight, bias = self.key_map()
         if self.key_norm is None:
             # The bias adds the same to every token's score, which the softmax does not see.
             along_query = torch.einsum("hd,hdi->ih", query, self._by_head(weight))
             return (tokens @ along_query).transpose(-2, -1).softmax(-1)
         keys = F.linear(tokens.to(weight.dtype), weight, bias).unflatten(-1, (self.heads, -1))
-        return torch.einsum("bnhd,hd->bhn", wide(self.key_norm(keys)), query).softmax(-1)
+        return torch.einsum("bnhd,hd->bhn", upcast(self.key_norm(keys)), query).softmax(-1)
 
     def mix(self, tokens: Tensor) -> Tensor:
         """A·V, heads side by side: B×(H·d)."""
         weight, bias = self.value_map()
         means = self.weights(tokens) @ tokens
         mixed = torch.einsum("bhi,hdi->bhd", means, self._by_head(weight)).flatten(1)
-        return mixed if bias is None else mixed + wide(bias)
+        return mixed if bias is None else mixed + upcast(bias)
 
     def values(self, tokens: Tensor) -> Tensor:
         """V, heads side by side: what :meth:`mix` gives for each token alone, …×(H·d)."""
         weight, bias = self.value_map()
-        values: Tensor = F.linear(tokens, wide(weight), None if bias is None else wide(bias))
+        values: Tensor = F.linear(tokens, upcast(weight), None if bias is None else upcast(bias))
         return values
 
-    def pull_values(self, cotangent: Tensor) -> Tensor:
-        """W_Vᵀ·cotangent of each head, B×(H·d) to B×H×D."""
-        by_head = cotangent.unflatten(-1, (self.heads, -1))
-        return torch.einsum("bhd,hdi->bhi", by_head, self._by_head(self.value_map()[0]))
+    def vjp_values(self, cotangent: Tensor) -> Tensor:
+        """W_Vᵀ·cotangent of each head, B×1×K×(H·d) to B×K×H×D."""
+        by_head = cotangent[:, 0].unflatten(-1, (self.heads, -1))
+        return torch.einsum("bkhd,hdi->bkhi", by_head, self._by_head(self.value_map()[0]))
 
     def _by_head(self, weight: Tensor) -> Tensor:
-        by_head: Tensor = wide(weight.detach()).unflatten(0, (self.heads, -1))
+        by_head: Tensor = upcast(weight.detach()).unflatten(0, (self.heads, -1))
         return by_head
 
 
@@ -153,7 +153,7 @@ class ProbePool(LatentPool):
 class AttentionPooled(Readout):
     """Attention pooling, a norm if there is one, and a linear classifier.
 
-    Held, the pool's attention and every σ keep their values: the readout is then affine in the
+    Frozen, the pool's attention and every σ keep their values: the readout is then affine in the
     tokens, and what the pool's MLP adds is an entry of its own.
 
     Args:
@@ -183,64 +183,64 @@ class AttentionPooled(Readout):
         self.after: tuple[Step, ...] = norms if head is None else (*norms, head)
 
     def forward(self, rows: Tensor) -> Tensor:
-        return self._read(self.pool.mix(Chain.of(self.before, wide(rows)).output))
+        tokens = OutputPath.of(self.before, upcast(rows)).output
+        logits = self._read(self.pool.mix(tokens.flatten(0, -3)))
+        return logits.view(*rows.shape[:-2], logits.shape[-1])
 
     def project(self, tokens: Tensor, target: Tensor | None = None) -> Tensor:
         # A token read alone has all of the pool's attention.
-        logits = self._read(self.pool.values(Chain.of(self.before, wide(tokens)).output))
+        logits = self._read(self.pool.values(OutputPath.of(self.before, upcast(tokens)).output))
         if target is None:
             return logits
         return logits.gather(-1, target[:, None, None].expand(*tokens.shape[:2], 1))[..., 0]
 
     def _read(self, mixed: Tensor) -> Tensor:
-        pooled = Chain.of(self.pool.proj, mixed).output
+        pooled = OutputPath.of(self.pool.proj, mixed).output
         added = self.pool_mlp(pooled)
-        return Chain.of(self.after, pooled if added is None else pooled + added).output
+        return OutputPath.of(self.after, pooled if added is None else pooled + added).output
 
     def pool_mlp(self, pooled: Tensor) -> Tensor | None:
         """What the pool's MLP adds, computed in the model's own dtype: …×D."""
         added = self.pool.mlp(pooled.to(self.pool.value_map()[0].dtype))
-        return None if added is None else wide(added)
+        return None if added is None else upcast(added)
 
-    def hold(self, rows: Tensor) -> HeldAttentionPooled:
-        return HeldAttentionPooled(self, wide(rows))
+    def vjp(self, rows: Tensor, g: Tensor, frozen: bool = False, summed: bool = False) -> Tensor:
+        if not frozen:
+            return super().vjp(rows, g, frozen, summed)
+        return FrozenPool(self, upcast(rows)).carried_back(g)[0]
+
+    def constants(self, rows: Tensor, g: Tensor) -> tuple[Tensor, Tensor | None]:
+        pool = FrozenPool(self, upcast(rows))
+        return pool.carried_back(g)[1], pool.mlp_share(g)
 
 
-class HeldAttentionPooled:
-    """The readout with the pool's attention and every σ held at some rows (B×Q×D)."""
+class FrozenPool:
+    """The readout with the pool's attention and every σ frozen at some rows (B×Q×D)."""
 
     def __init__(self, readout: AttentionPooled, rows: Tensor) -> None:
         self.pool = readout.pool
-        self.before = Chain.of(readout.before, rows)
+        self.before = OutputPath.of(readout.before, rows)
         tokens = self.before.output
         self.weights = self.pool.weights(tokens)
-        self.proj = Chain.of(self.pool.proj, self.pool.mix(tokens)[:, None])
+        self.proj = OutputPath.of(self.pool.proj, self.pool.mix(tokens)[:, None])
         self.mlp_out = readout.pool_mlp(self.proj.output)
         total = self.proj.output if self.mlp_out is None else self.proj.output + self.mlp_out
-        self.after = Chain.of(readout.after, total)
+        self.after = OutputPath.of(readout.after, total)
 
-    def _at_pool(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        """The cotangent of what the pool returns (B×1×D), and what biases after it add."""
-        return self.after.pull_offsets(g[:, None])
-
-    def _carried(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        c, after = self._at_pool(g)
-        z, proj = self.proj.pull_offsets(c)
-        by_head = self.pool.pull_values(z[:, 0])
-        u, before = self.before.pull_offsets(self.weights.transpose(-2, -1) @ by_head)
+    def carried_back(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """The directions of the tokens (B×Q×K×D) for the logit weights g (B×K×C), and biases."""
+        g = g[:, None]
+        c = self.after.vjp(g, frozen=True)
+        z = self.proj.vjp(c, frozen=True)
+        by_head = self.pool.vjp_values(z)
+        tokens = torch.einsum("bhq,bkhi->bqki", self.weights, by_head)
         # The weights of a head sum to 1, so its bias counts once.
-        return u, after + proj + along(self.pool.value_map()[1], z) + before
+        bias = self.after.biases(g) + self.proj.biases(c) + along(self.pool.value_map()[1], z)
+        return self.before.vjp(tokens, frozen=True), bias + self.before.biases(tokens)
 
-    def pull(self, logit_weights: Tensor) -> Tensor:
-        """The directions u (B×Q×D) for the logit weights g (B×C)."""
-        return self._carried(logit_weights)[0]
-
-    def offset(self, logit_weights: Tensor) -> Tensor:
-        """What biases add to g·logits: B."""
-        return self._carried(logit_weights)[1]
-
-    def pooled_mlp(self, logit_weights: Tensor) -> Tensor | None:
-        """What the pool's MLP adds to g·logits: B; None without one."""
+    def mlp_share(self, g: Tensor) -> Tensor | None:
+        """What the pool's MLP adds to g·logits: B×K; None without one."""
         if self.mlp_out is None:
             return None
-        return (self._at_pool(logit_weights)[0] * self.mlp_out).sum((1, 2))
+        c = self.after.vjp(g[:, None], frozen=True)
+        return (c * self.mlp_out[..., None, :]).sum((1, 3))

@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from captum_classemb.errors import UnsupportedModelError
+from captum_classemb.functional.precision import upcast
 
-__all__ = ["HeldReadout", "Readout"]
-
-
-class HeldReadout(Protocol):
-    """A readout with every σ held at its value: logits = Σ_q u_q·x_q + offset."""
-
-    def pull(self, logit_weights: Tensor) -> Tensor:
-        """U = Σ_c g_c u_c for the weights g (B×C): B×Q×D."""
-        ...
-
-    def offset(self, logit_weights: Tensor) -> Tensor:
-        """The part of Σ_c g_c·logit_c that comes from biases alone: B."""
-        ...
-
-    def pooled_mlp(self, logit_weights: Tensor) -> Tensor | None:
-        """The part that an MLP of the pool adds, B; None where there is none."""
-        ...
+__all__ = ["Readout"]
 
 
 class Readout(nn.Module, ABC):
@@ -40,12 +24,9 @@ class Readout(nn.Module, ABC):
     num_classes: int
     reads: slice
 
-    #: True if features are mapped to logits by one matrix, which gives all classes at once.
-    linear_head: bool = False
-
     @abstractmethod
     def forward(self, rows: Tensor) -> Tensor:
-        """Pool and read: logits (B×C) from the rows that are read (B×Q×D)."""
+        """Pool and read: logits (…×C) from the rows that are read (…×Q×D)."""
 
     @abstractmethod
     def project(self, tokens: Tensor, target: Tensor | None = None) -> Tensor:
@@ -59,41 +40,64 @@ class Readout(nn.Module, ABC):
             logits B×N×C, or B×N with a target.
         """
 
-    def pull(self, rows: Tensor, logit_gradient: Tensor) -> Tensor:
-        """∂(g·logits)/∂rows: B×Q×D, by autograd through the readout alone unless overridden."""
-        with torch.enable_grad():
-            leaf = rows.detach().requires_grad_(True)
-            (gradient,) = torch.autograd.grad((self(leaf) * logit_gradient).sum(), leaf)
-        return gradient
+    def vjp(self, rows: Tensor, g: Tensor, frozen: bool = False, summed: bool = False) -> Tensor:
+        """∂(g·logits)/∂rows for K weightings g of the logits.
 
-    def pull_each(self, rows: Tensor, classes: Tensor) -> Tensor:
-        """∂logit_c/∂rows for each of K classes: B×K×Q×D."""
-        count = len(classes)
-        repeated = rows.repeat_interleave(count, 0)
-        one_hot = torch.zeros(count, self.num_classes, dtype=rows.dtype, device=rows.device)
-        one_hot.scatter_(1, classes[:, None], 1.0)
-        pulled = self.pull(repeated, one_hot.repeat(len(rows), 1))
-        return pulled.view(len(rows), count, *rows.shape[1:])
+        By autograd through the readout alone, unless overridden.
 
-    def hold(self, rows: Tensor) -> HeldReadout:
-        """The affine map that remains when every σ keeps the value it has at ``rows``.
+        Args:
+            rows: …×Q×D.
+            g: …×K×C.
+            frozen: with every σ a constant: the readout is then affine in the rows.
+            summed: over the rows, which leaves one.
+
+        Returns:
+            …×Q×K×D.
 
         Raises:
-            UnsupportedModelError: if the readout is not affine then.
+            UnsupportedModelError: if ``frozen``, and the readout is not affine then.
         """
-        raise UnsupportedModelError(
-            f"the readout {type(self).__name__} is not affine with its norms held, "
+        if frozen:
+            raise self._not_affine()
+        count = g.shape[-2]
+        with torch.enable_grad():
+            leaf = rows.detach()[..., None, :, :].repeat(*(1,) * (rows.dim() - 2), count, 1, 1)
+            leaf = leaf.flatten(0, -3).requires_grad_(True)
+            logits = self(leaf)
+            (gradient,) = torch.autograd.grad((logits * g.reshape(logits.shape)).sum(), leaf)
+        each = upcast(gradient).view(*rows.shape[:-2], count, *rows.shape[-2:]).transpose(-3, -2)
+        return each.sum(-3, keepdim=True) if summed else each
+
+    def constants(self, rows: Tensor, g: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What Σ_c g_c·logit_c holds beside Σ_q direction_q·x_q, with every σ frozen.
+
+        Args:
+            rows: B×Q×D.
+            g: B×K×C.
+
+        Returns:
+            the part that comes from biases alone (B×K), and the part that an MLP of the pool adds
+            (B×K; None where there is none).
+
+        Raises:
+            UnsupportedModelError: if the readout is not affine with its norms frozen.
+        """
+        raise self._not_affine()
+
+    def _not_affine(self) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"the readout {type(self).__name__} is not affine with its norms frozen, "
             "so there is no exact ledger of its logits."
         )
 
     def token_directions(self, tokens: Tensor, target: Tensor) -> Tensor:
-        """U of every token read alone, with every σ held at ``tokens``: B×N×D.
+        """The direction of every token read alone, with every σ frozen at ``tokens``: B×N×D.
 
         Raises:
             UnsupportedModelError: if the readout is not affine then.
         """
         raise UnsupportedModelError(
-            f"the readout {type(self).__name__} is not affine with its norms held, "
+            f"the readout {type(self).__name__} is not affine with its norms frozen, "
             "so memories have no exact share of its logits."
         )
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from captum_classemb.functional.precision import wide
+from captum_classemb.functional.precision import upcast
 from captum_classemb.readout.base import Readout
 from captum_classemb.readout.steps import Linear, Norm, along
 from captum_classemb.readout.text import TextEmbedding
 
-__all__ = ["ClassEmbedding", "HeldClassEmbedding", "Part"]
+__all__ = ["ClassEmbedding", "Part"]
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,6 @@ class ClassEmbedding(Readout):
         pooled_norm: the norm of the mean, after pooling.
         num_classes: C.
     """
-
-    linear_head = True
 
     def __init__(
         self,
@@ -87,11 +85,11 @@ class ClassEmbedding(Readout):
         return slice(start - offset, None if stop is None else stop - offset)
 
     def _pooled(self, rows: Tensor, part: Part) -> Tensor:
-        """The mean of a part's tokens as it enters the norm after pooling: B×1×D."""
-        rows = wide(rows[:, self._rows(part)])
+        """The mean of a part's tokens as it enters the norm after pooling: …×1×D."""
+        rows = upcast(rows[..., self._rows(part), :])
         if self.token_norm is not None:
             rows = self.token_norm(rows)
-        return rows.mean(1, keepdim=True)
+        return rows if rows.shape[-2] == 1 else rows.mean(-2, keepdim=True)
 
     def forward(self, rows: Tensor) -> Tensor:
         total: Tensor | None = None
@@ -99,7 +97,10 @@ class ClassEmbedding(Readout):
             pooled = self._pooled(rows, part)
             if self.pooled_norm is not None:
                 pooled = self.pooled_norm(pooled)
-            logits = (pooled[:, 0] @ part.head.weight.T) * part.share
+            pooled = pooled[..., 0, :]
+            if len(self.parts) == 1 and part.share == 1.0:
+                return part.head(pooled)
+            logits = (pooled @ part.head.weight.T) * part.share
             bias = part.head.offset()
             if bias is not None:
                 logits = logits + bias / len(self.parts)
@@ -109,7 +110,7 @@ class ClassEmbedding(Readout):
 
     def normalise(self, tokens: Tensor) -> Tensor:
         """What the classifier reads of every token, read alone: LN(x), …×D."""
-        tokens = wide(tokens)
+        tokens = upcast(tokens)
         for norm in (self.token_norm, self.pooled_norm):
             tokens = tokens if norm is None else norm(tokens)
         return tokens
@@ -135,11 +136,11 @@ class ClassEmbedding(Readout):
         for norm in (self.pooled_norm, self.token_norm):
             if norm is not None:
                 inputs = tokens if norm is self.token_norm else self._before_pooled_norm(tokens)
-                cotangent = norm.pull(inputs, cotangent, hold=True)
+                cotangent = norm.at(inputs, frozen=True).vjp(cotangent[..., None, :])[..., 0, :]
         return cotangent.expand(*tokens.shape[:2], -1)
 
     def _before_pooled_norm(self, tokens: Tensor) -> Tensor:
-        return wide(tokens) if self.token_norm is None else self.token_norm(tokens)
+        return upcast(tokens) if self.token_norm is None else self.token_norm(tokens)
 
     def _token_heads(self, count: int, target: Tensor) -> Tensor:
         """The target's row of the head that reads each token alone: B×N×D."""
@@ -153,63 +154,89 @@ class ClassEmbedding(Readout):
             heads[:, part.tokens] = row[:, None]
         return heads
 
-    def pull(self, rows: Tensor, logit_gradient: Tensor) -> Tensor:
-        return HeldClassEmbedding(self, rows, hold=False).pull(logit_gradient)
-
-    def pull_each(self, rows: Tensor, classes: Tensor) -> Tensor:
-        rows = wide(rows)
-        cotangents = rows.new_zeros(len(rows), len(classes), *rows.shape[1:])
+    def vjp(self, rows: Tensor, g: Tensor, frozen: bool = False, summed: bool = False) -> Tensor:
+        rows = upcast(rows)
+        total: Tensor | None = None
         for part in self.parts:
-            c = part.head.weight[classes][None, :, None] * part.share
-            if self.pooled_norm is not None:
-                c = self.pooled_norm.pull(self._pooled(rows, part)[:, None], c)
-            index = self._rows(part)
-            cotangents[:, :, index] += c / rows[:, index].shape[1]
-        if self.token_norm is not None:
-            cotangents = self.token_norm.pull(rows[:, None], cotangents)
-        return cotangents
+            read = rows[..., self._rows(part), :]
+            c = self._at_token_norm(rows, part, g, frozen)
+            if summed and read.shape[-2] > 1 and self.token_norm is not None:
+                c = self.token_norm.vjp_sum(read, c) / read.shape[-2]
+            elif summed and read.shape[-2] > 1:
+                pass
+            else:
+                c = c if read.shape[-2] == 1 else c / read.shape[-2]
+                c = c if self.token_norm is None else self.token_norm.at(read, frozen).vjp(c)
+                c = c.expand(*read.shape[:-1], *c.shape[-2:])
+            if len(self.parts) > 1 and not summed:
+                whole = c.new_zeros(*rows.shape[:-1], *c.shape[-2:])
+                whole[..., self._rows(part), :, :] = c
+                c = whole
+            total = c if total is None else total + c
+        assert total is not None
+        return total
 
-    def hold(self, rows: Tensor) -> HeldClassEmbedding:
-        return HeldClassEmbedding(self, rows, hold=True)
+    def _at_token_norm(self, rows: Tensor, part: Part, g: Tensor, frozen: bool) -> Tensor:
+        """The cotangent of a part's mean token: …×1×K×D."""
+        c = (g @ part.head.weight)[..., None, :, :]
+        c = c if part.share == 1.0 else c * part.share
+        if self.pooled_norm is None:
+            return c
+        return self.pooled_norm.at(self._pooled(rows, part), frozen).vjp(c)
+
+    def constants(self, rows: Tensor, g: Tensor) -> tuple[Tensor, None]:
+        rows = upcast(rows)
+        total = g.new_zeros(g.shape[:-1])
+        for part in self.parts:
+            c = (g @ part.head.weight * part.share)[..., None, :, :]
+            bias = part.head.offset()
+            if bias is not None:
+                total = total + g @ bias / len(self.parts)
+            if self.pooled_norm is not None:
+                total = total + along(self.pooled_norm.offset(), c)
+            if self.token_norm is not None:
+                c = self._at_token_norm(rows, part, g, frozen=True)
+                total = total + along(self.token_norm.offset(), c)
+        return total, None
 
     # -- All classes at once: tangents go forward to the features, one product makes them logits.
     # Features are taken before the last norm's γ and centring, which are folded into the weight.
 
-    def push(self, rows: Tensor, tangent: Tensor) -> Tensor:
+    def jvp_features(self, rows: Tensor, tangent: Tensor) -> Tensor:
         """How the features change when one tangent is added to every row that is read.
 
         Args:
-            rows: the hidden states read, B×Q×D.
-            tangent: B×N×D, one direction for each source token.
+            rows: the hidden states read, …×Q×D.
+            tangent: …×N×D, one direction for each source token.
 
         Returns:
-            B×N×F, F = D for each part.
+            …×N×F, F = D for each part.
         """
         features = []
         for part in self.parts:
             t = tangent
             if self.token_norm is not None:
-                t = self.token_norm.push_mean(wide(rows[:, self._rows(part)]), t)
+                t = self.token_norm.jvp_mean(upcast(rows[..., self._rows(part), :]), t)
             if self.pooled_norm is not None:
                 if self.token_norm is not None:
                     t = self.token_norm.constant(t)
-                t = self.pooled_norm.push_mean(self._pooled(rows, part), t)
+                t = self.pooled_norm.jvp_mean(self._pooled(rows, part), t)
             features.append(t)
         return torch.cat(features, -1) if len(features) > 1 else features[0]
 
-    def row_weights(self, rows: Tensor) -> Tensor:
-        """The weight each row has in each part's pooled features with σ held: B×parts×Q."""
+    def frozen_shares(self, rows: Tensor) -> Tensor:
+        """The weight each row has in each part's pooled features, σ frozen: B×parts×Q."""
         batch, count, _ = rows.shape
-        weights = wide(rows).new_zeros(batch, len(self.parts), count)
+        weights = upcast(rows).new_zeros(batch, len(self.parts), count)
         for g, part in enumerate(self.parts):
-            x = wide(rows[:, self._rows(part)])
+            x = upcast(rows[:, self._rows(part)])
             weights[:, g, self._rows(part)] = (
                 1.0 if self.token_norm is None else self.token_norm.state(x).inverse_sigma[..., 0]
             ) / x.shape[1]
         return weights
 
-    def push_held(self, rows: Tensor, tangents: Tensor) -> Tensor:
-        """Features from tangents that :meth:`row_weights` has weighted already, σ held.
+    def frozen_features(self, rows: Tensor, tangents: Tensor) -> Tensor:
+        """Features from tangents that :meth:`frozen_shares` has weighted already, σ frozen.
 
         Args:
             rows: the hidden states read, B×Q×D.
@@ -221,16 +248,13 @@ class ClassEmbedding(Readout):
         features = list(tangents.unbind(1))
         if self.pooled_norm is not None:
             for g, part in enumerate(self.parts):
-                t = (
-                    features[g]
-                    if self.token_norm is None
-                    else self.token_norm.constant(features[g])
-                )
-                features[g] = self.pooled_norm.push_mean(self._pooled(rows, part), t, hold=True)
+                t = features[g]
+                t = t if self.token_norm is None else self.token_norm.constant(t)
+                features[g] = t * self.pooled_norm.state(self._pooled(rows, part)).inverse_sigma
         return torch.cat(features, -1) if len(features) > 1 else features[0]
 
     def head_weight(self, classes: Tensor | None = None) -> Tensor:
-        """E as it reads the features of :meth:`push`: C×F, or K×F for some classes."""
+        """E as it reads these features: C×F, or K×F for some classes."""
         last = self.token_norm if self.pooled_norm is None else self.pooled_norm
         weights = []
         for part in self.parts:
@@ -238,44 +262,6 @@ class ClassEmbedding(Readout):
             weight = weight if last is None else last.fold(weight)
             weights.append(weight * part.share)
         return torch.cat(weights, -1) if len(weights) > 1 else weights[0]
-
-
-class HeldClassEmbedding:
-    """A class embedding linearised at some rows; with ``hold`` every σ is a constant."""
-
-    def __init__(self, readout: ClassEmbedding, rows: Tensor, hold: bool = True) -> None:
-        self.readout, self.rows, self.held = readout, rows, hold
-
-    def pull(self, logit_weights: Tensor) -> Tensor:
-        """U (B×Q×D) for the logit weights g (B×C)."""
-        return self._pull(logit_weights)[0]
-
-    def offset(self, logit_weights: Tensor) -> Tensor:
-        """What the biases of classifier and norms add to g·logits: B."""
-        return self._pull(logit_weights)[1]
-
-    def pooled_mlp(self, logit_weights: Tensor) -> None:
-        """None: the pool has no MLP."""
-
-    def _pull(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        readout, rows = self.readout, wide(self.rows)
-        cotangent = torch.zeros_like(rows)
-        total = g.new_zeros(g.shape[0])
-        for part in readout.parts:
-            c = (g @ part.head.weight)[:, None] * part.share
-            bias = part.head.offset()
-            if bias is not None:
-                total = total + g @ bias / len(readout.parts)
-            if readout.pooled_norm is not None:
-                total = total + along(readout.pooled_norm.offset(), c)
-                c = readout.pooled_norm.pull(readout._pooled(rows, part), c, self.held)
-            if readout.token_norm is not None:
-                total = total + along(readout.token_norm.offset(), c)
-            index = readout._rows(part)
-            cotangent[:, index] += c / cotangent[:, index].shape[1]
-        if readout.token_norm is not None:
-            cotangent = readout.token_norm.pull(rows, cotangent, self.held)
-        return cotangent, total
 
 
 def _read(features: Tensor, heads: Sequence[tuple[Linear, float]], target: Tensor | None) -> Tensor:

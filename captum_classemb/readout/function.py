@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from captum_classemb.functional.precision import wide
+from captum_classemb.functional.precision import upcast
 from captum_classemb.readout.base import Readout
 
 __all__ = ["FunctionReadout"]
@@ -17,7 +16,7 @@ class FunctionReadout(Readout):
     """Logits by a function of the rows that are read; derivatives by autograd through it alone.
 
     Args:
-        function: B×Q×D to B×C.
+        function: …×Q×D to …×C.
         reads: the tokens it reads, as a slice of all N.
         num_classes: C.
     """
@@ -31,7 +30,8 @@ class FunctionReadout(Readout):
         self.num_classes = num_classes
 
     def forward(self, rows: Tensor) -> Tensor:
-        return wide(self.function(rows))
+        logits = upcast(self.function(rows.flatten(0, -3)))
+        return logits.view(*rows.shape[:-2], logits.shape[-1])
 
     def project(self, tokens: Tensor, target: Tensor | None = None) -> Tensor:
         batch, count, width = tokens.shape
@@ -40,9 +40,3 @@ class FunctionReadout(Readout):
         if target is None:
             return logits
         return logits.gather(-1, target[:, None, None].expand(batch, count, 1))[..., 0]
-
-    def pull(self, rows: Tensor, logit_gradient: Tensor) -> Tensor:
-        with torch.enable_grad():
-            leaf = rows.detach().requires_grad_(True)
-            (gradient,) = torch.autograd.grad((self(leaf) * logit_gradient).sum(), leaf)
-        return wide(gradient)

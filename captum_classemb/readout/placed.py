@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from captum_classemb.errors import InputError
-from captum_classemb.readout.base import HeldReadout, Readout
+from captum_classemb.readout.base import Readout
 
 __all__ = ["Place", "PlacedReadout"]
 
@@ -72,11 +72,11 @@ class PlacedReadout(Readout):
     def project(self, tokens: Tensor, target: Tensor | None = None) -> Tensor:
         return self.last.project(tokens, target)
 
-    def pull(self, rows: Tensor, logit_gradient: Tensor) -> Tensor:
-        return self.last.pull(rows, logit_gradient)
+    def vjp(self, rows: Tensor, g: Tensor, frozen: bool = False, summed: bool = False) -> Tensor:
+        return self.last.vjp(rows, g, frozen, summed)
 
-    def hold(self, rows: Tensor) -> HeldReadout:
-        return self.last.hold(rows)
+    def constants(self, rows: Tensor, g: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.last.constants(rows, g)
 
     def token_directions(self, tokens: Tensor, target: Tensor) -> Tensor:
         return self.last.token_directions(tokens, target)

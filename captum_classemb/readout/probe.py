@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_classemb.errors import InputError, UnsupportedModelError
-from captum_classemb.functional.precision import wide
-from captum_classemb.readout.base import HeldReadout, Readout
+from captum_classemb.functional.precision import upcast
+from captum_classemb.readout.base import Readout
 from captum_classemb.readout.class_embedding import ClassEmbedding, Part
 from captum_classemb.readout.placed import Place, PlacedReadout
 from captum_classemb.readout.steps import Linear
@@ -132,7 +132,7 @@ class PlaceProbe(Readout):
         return logits
 
     def token_directions(self, tokens: Tensor, target: Tensor) -> Tensor:
-        directions = torch.zeros_like(wide(tokens))
+        directions = torch.zeros_like(upcast(tokens))
         for kind, chosen in self._kinds(tokens.shape[1]):
             alone = self._embedding([Part(self._head(kind, tokens), slice(0, None))])
             directions[:, chosen] = alone.token_directions(tokens[:, chosen], target)
@@ -173,11 +173,11 @@ class PlaceProbe(Readout):
         logits: Tensor = self._pooled(rows)(rows)
         return logits
 
-    def pull(self, rows: Tensor, logit_gradient: Tensor) -> Tensor:
-        return self._pooled(rows).pull(rows, logit_gradient)
+    def vjp(self, rows: Tensor, g: Tensor, frozen: bool = False, summed: bool = False) -> Tensor:
+        return self._pooled(rows).vjp(rows, g, frozen, summed)
 
-    def hold(self, rows: Tensor) -> HeldReadout:
-        return self._pooled(rows).hold(rows)
+    def constants(self, rows: Tensor, g: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self._pooled(rows).constants(rows, g)
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:

@@ -1,27 +1,105 @@
-"""The small maps between a hidden state and what reads it: linear, scale, norm, gate.
+"""The small maps between a hidden state and what reads it: linear, scale, norm, gate, activation.
 
-A :class:`Step` knows its value and its derivative in closed form, and the affine map that remains
-when σ is held at its actual value. Chains of steps carry a class direction from the logits back
-to the place where attention writes (method: "one forward pass is enough").
+A :class:`Step` knows its value and its derivative in closed form. Steps of alike blocks can be
+stacked: their parameters then begin with a dimension L, as do the rows they take, so that one
+product serves all blocks.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_classemb.errors import UnsupportedModelError
-from captum_classemb.functional import norm as norm_fn
-from captum_classemb.functional.norm import Normalised, NormKind
-from captum_classemb.functional.precision import wide
+from captum_classemb.functional.norm import NormJacobian, NormKind, Normalised, normalise
+from captum_classemb.functional.precision import upcast
 
-__all__ = ["Chain", "Gate", "LayerScale", "Linear", "Norm", "Scale", "Step", "along"]
+__all__ = [
+    "Activation",
+    "Derivative",
+    "Gate",
+    "GatedActivation",
+    "LayerScale",
+    "Linear",
+    "Norm",
+    "OutputPath",
+    "Scale",
+    "SideBySide",
+    "Step",
+    "along",
+    "stacked",
+]
+
+
+class Derivative(Protocol):
+    """A Jacobian at some rows, applied to K vectors of each: …×Q×K×D."""
+
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        """Jᵀ·cotangent."""
+        ...
+
+    def jvp(self, tangent: Tensor) -> Tensor:
+        """J·tangent."""
+        ...
+
+    def __getitem__(self, index: int) -> Derivative:
+        """Of one of L blocks."""
+        ...
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """The Jacobian of a product with a factor."""
+
+    factor: Tensor | float
+
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        return cotangent * self.factor
+
+    jvp = vjp
+
+    def __getitem__(self, index: int) -> Diagonal:
+        """Of one block, where the factor is L×…."""
+        one = isinstance(self.factor, float) or self.factor.dim() < 2
+        return self if one else Diagonal(self.factor[index])  # type: ignore[index]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The Jacobian of a linear map with the weight D_out×D_in, or one for each of L blocks."""
+
+    weight: Tensor
+
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        return product(cotangent, self.weight)
+
+    def jvp(self, tangent: Tensor) -> Tensor:
+        return product(tangent, self.weight.mT)
+
+    def __getitem__(self, index: int) -> Matrix:
+        """Of one of L blocks."""
+        return Matrix(self.weight[index])
+
+
+def product(x: Tensor, matrix: Tensor) -> Tensor:
+    """…×I times I×O, or L×…×I times L×I×O."""
+    if matrix.dim() == 2:
+        return x @ matrix
+    return torch.bmm(x.flatten(1, -2), matrix).unflatten(1, x.shape[1:-1])
+
+
+def lifted(parameter: Tensor, dims: int) -> Tensor:
+    """A parameter D, or L×D, so that it meets rows of ``dims`` dimensions."""
+    if parameter.dim() == 1:
+        return parameter
+    return parameter.view(len(parameter), *(1,) * (dims - 2), parameter.shape[-1])
 
 
 class Step(ABC):
@@ -35,22 +113,43 @@ class Step(ABC):
         """The value."""
 
     @abstractmethod
-    def pull(self, x: Tensor, cotangent: Tensor, hold: bool = False) -> Tensor:
-        """The cotangent of the input: Jᵀ·cotangent, with σ a constant if ``hold``."""
-
-    def pull_rows(self, x: Tensor, cotangent: Tensor) -> Tensor:
-        """:meth:`pull` summed over rows: …×1×D."""
-        if self.uniform:
-            return self.pull(x, cotangent.sum(-2, keepdim=True))
-        return self.pull(x, cotangent).sum(-2, keepdim=True)
-
-    @abstractmethod
-    def push(self, x: Tensor, tangent: Tensor, hold: bool = False) -> Tensor:
-        """The tangent of the output: J·tangent, with σ a constant if ``hold``."""
+    def at(self, x: Tensor, frozen: bool = False) -> Derivative:
+        """The derivative at some rows, with σ a constant if ``frozen``."""
 
     def offset(self) -> Tensor | None:
-        """What the step adds by itself, computed from its biases; None if nothing."""
+        """What the step adds by itself, computed from its biases: D or L×D; None if nothing."""
         return None
+
+    def read(self) -> Step:
+        """The step with its parameters as they are now, in float32 or wider, read once."""
+        return self
+
+    def likeness(self) -> tuple[Any, ...] | None:
+        """What two steps share if :meth:`stack` can join them; None if nothing can."""
+        return None
+
+    def stack(self, steps: Sequence[Any]) -> Step:
+        """Steps of L blocks, all read and alike, as one."""
+        raise NotImplementedError
+
+
+def stacked(paths: Sequence[Sequence[Step]]) -> tuple[Step, ...] | None:
+    """The steps of L blocks as one for all, or None where they are not alike."""
+    likeness = [tuple(step.likeness() for step in path) for path in paths]
+    if any(None in each or each != likeness[0] for each in likeness):
+        return None
+    return tuple(column[0].stack(column) for column in zip(*paths, strict=True))
+
+
+def _together(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    if tensors[0] is None:
+        return None
+    # One block's parameters need no copy.
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))  # type: ignore[arg-type]
+
+
+def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)
 
 
 class Linear(Step):
@@ -60,28 +159,43 @@ class Linear(Step):
         module: maps B×Q×D_in to B×Q×D_out.
         columns: the columns of the weight that are read; all by default.
         biased: whether the module's bias belongs to this step.
+        names: of the module's weight and bias, where it is no ``nn.Linear``.
     """
 
     def __init__(
-        self, module: nn.Module, columns: slice | None = None, biased: bool = True
+        self,
+        module: nn.Module,
+        columns: slice | None = None,
+        biased: bool = True,
+        names: tuple[str, str] | None = None,
     ) -> None:
         self.module = module
         self.columns = columns
         self.biased = biased
+        self.names = names
+        self._read: tuple[Tensor, Tensor | None] | None = None
 
     @property
     def plain(self) -> bool:
         """Whether the weight may be read: not so under LoRA, quantisation or a parametrisation."""
         module = self.module
+        if self.names is not None:
+            return True
         own = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-        return own and not getattr(module, "parametrizations", None)
+        return own and "forward" not in vars(module) and not hasattr(module, "parametrizations")
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight (D_out×D_in) in float32 or wider."""
+    def _parameters(self) -> tuple[Tensor, Tensor | None]:
+        if self._read is not None:
+            return self._read
         module: Any = self.module
-        weight = wide(module.weight.detach()) if self.plain else self._probe()[0]
-        return weight if self.columns is None else weight[:, self.columns]
+        if self.plain:
+            names = self.names or ("weight", "bias")
+            weight, bias = (getattr(module, name) for name in names)
+        else:
+            weight, bias = self._probe()
+        weight = upcast(weight.detach())
+        weight = weight if self.columns is None else weight[:, self.columns]
+        return weight, None if bias is None or not self.biased else upcast(bias.detach())
 
     def _probe(self) -> tuple[Tensor, Tensor]:
         """Weight and bias as the module itself applies them to unit vectors and to zero."""
@@ -89,27 +203,64 @@ class Linear(Step):
         like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
         points = torch.eye(module.in_features, dtype=like.dtype, device=like.device)
         with torch.no_grad():
-            images = wide(module(torch.cat([torch.zeros_like(points[:1]), points])))
+            images = upcast(module(torch.cat([torch.zeros_like(points[:1]), points])))
         return (images[1:] - images[0]).T, images[0]
 
+    def read(self) -> Linear:
+        step = copy.copy(self)
+        step._read = self._parameters()
+        return step
+
+    def likeness(self) -> tuple[Any, ...] | None:
+        weight, bias = self._parameters()
+        return Linear, weight.shape, weight.dtype, _shape(bias)
+
+    def stack(self, steps: Sequence[Any]) -> Linear:
+        weights, biases = zip(*(step._parameters() for step in steps), strict=True)
+        step = copy.copy(self)
+        step._read = cast(Tensor, _together(weights)), _together(biases)
+        return step
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight (D_out×D_in, or L×D_out×D_in) in float32 or wider."""
+        return self._parameters()[0]
+
     def __call__(self, x: Tensor) -> Tensor:
-        y = x.to(self.weight.dtype) @ self.weight.T
-        offset = self.offset()
-        return y if offset is None else y + offset
+        weight, bias = self._parameters()
+        x = x.to(weight.dtype)
+        if weight.dim() == 2:
+            return F.linear(x, weight, bias)
+        y = product(x, weight.mT)
+        return y if bias is None else y + lifted(bias, y.dim())
 
-    def pull(self, x: Tensor, cotangent: Tensor, hold: bool = False) -> Tensor:
-        return cotangent @ self.weight
-
-    def push(self, x: Tensor, tangent: Tensor, hold: bool = False) -> Tensor:
-        return tangent @ self.weight.T
+    def at(self, x: Tensor, frozen: bool = False) -> Matrix:
+        return Matrix(self.weight)
 
     def offset(self) -> Tensor | None:
-        module: Any = self.module
-        if not self.biased:
-            return None
-        if not self.plain:
-            return self._probe()[1]
-        return None if module.bias is None else wide(module.bias.detach())
+        return self._parameters()[1]
+
+
+class SideBySide(Linear):
+    """Several linear modules that read the same, their outputs side by side.
+
+    Args:
+        modules: each maps B×Q×D_in to B×Q×D_out.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__(modules[0])
+        self.parts = tuple(map(Linear, modules))
+
+    def _parameters(self) -> tuple[Tensor, Tensor | None]:
+        if self._read is not None:
+            return self._read
+        weights, biases = zip(*(part._parameters() for part in self.parts), strict=True)
+        some = [
+            torch.zeros(len(w), dtype=w.dtype, device=w.device) if b is None else b
+            for w, b in zip(weights, biases, strict=True)
+        ]
+        return torch.cat(weights), torch.cat(some)
 
 
 class Scale(Step):
@@ -118,18 +269,31 @@ class Scale(Step):
     def __init__(self, gamma: Tensor | float) -> None:
         self.gamma = gamma
 
-    def _factor(self, like: Tensor) -> Tensor | float:
+    def read(self) -> Scale:
         gamma = self.gamma
-        return gamma.detach().to(like.dtype) if isinstance(gamma, Tensor) else gamma
+        return type(self)(upcast(gamma.detach()) if isinstance(gamma, Tensor) else gamma)
+
+    def likeness(self) -> tuple[Any, ...] | None:
+        gamma = self.gamma
+        return type(self), _shape(gamma) if isinstance(gamma, Tensor) else "number"
+
+    def stack(self, steps: Sequence[Any]) -> Scale:
+        gammas = [step.gamma for step in steps]
+        if isinstance(gammas[0], Tensor):
+            return type(self)(torch.stack(gammas))
+        return self if len(set(gammas)) == 1 else type(self)(torch.tensor(gammas)[:, None])
+
+    def _factor(self, dtype: torch.dtype, device: torch.device, dims: int) -> Tensor | float:
+        gamma = self.gamma
+        if not isinstance(gamma, Tensor):
+            return gamma
+        return lifted(gamma.detach().to(device, dtype), dims)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x * self._factor(x)
+        return x * self._factor(x.dtype, x.device, x.dim())
 
-    def pull(self, x: Tensor, cotangent: Tensor, hold: bool = False) -> Tensor:
-        return cotangent * self._factor(cotangent)
-
-    def push(self, x: Tensor, tangent: Tensor, hold: bool = False) -> Tensor:
-        return tangent * self._factor(tangent)
+    def at(self, x: Tensor, frozen: bool = False) -> Diagonal:
+        return Diagonal(self._factor(x.dtype, x.device, x.dim() + 1))
 
 
 class LayerScale(Scale):
@@ -137,21 +301,122 @@ class LayerScale(Scale):
 
 
 class Gate(Step):
-    """Multiplication by a gate of each row (…×Q×D), recorded in the forward pass and held."""
+    """Multiplication by a gate of each row (…×Q×D), recorded in the forward pass and frozen."""
 
     uniform = False
 
     def __init__(self, gate: Tensor) -> None:
         self.gate = gate
 
+    def read(self) -> Gate:
+        return Gate(upcast(self.gate))
+
+    def likeness(self) -> tuple[Any, ...] | None:
+        return Gate, _shape(self.gate)
+
+    def stack(self, steps: Sequence[Any]) -> Gate:
+        return Gate(torch.stack([step.gate for step in steps]))
+
     def __call__(self, x: Tensor) -> Tensor:
         return x * self.gate.to(x.dtype)
 
-    def pull(self, x: Tensor, cotangent: Tensor, hold: bool = False) -> Tensor:
-        return cotangent * self.gate.to(cotangent.dtype)
+    def at(self, x: Tensor, frozen: bool = False) -> Diagonal:
+        return Diagonal(self.gate[..., None, :])
 
-    def push(self, x: Tensor, tangent: Tensor, hold: bool = False) -> Tensor:
-        return tangent * self.gate.to(tangent.dtype)
+
+class Activation(Step):
+    """An elementwise function, its derivative in closed form where it is a known one.
+
+    Args:
+        function: the module.
+    """
+
+    uniform = False
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+
+    def likeness(self) -> tuple[Any, ...] | None:
+        known = isinstance(self.function, nn.Module) and not list(self.function.parameters())
+        return (Activation, repr(self.function)) if known else None
+
+    def stack(self, steps: Sequence[Any]) -> Activation:
+        return self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def at(self, x: Tensor, frozen: bool = False) -> Diagonal:
+        return Diagonal(self.slope(x)[..., None, :])
+
+    def slope(self, x: Tensor) -> Tensor:
+        """The derivative at x, …×D."""
+        name = type(self.function).__name__
+        name = name if type(self.function).__module__.startswith(("torch.", "timm.", "transformers.")) else ""
+        one = torch.ones((), dtype=x.dtype, device=x.device).expand_as(x)
+        if name in ("GELU", "GELUActivation"):
+            kind = getattr(self.function, "approximate", "none")
+            return torch.ops.aten.gelu_backward(one, x, approximate=kind)
+        if name in ("GELUTanh", "NewGELUActivation", "PytorchGELUTanh", "GELUTanhActivation"):
+            return torch.ops.aten.gelu_backward(one, x, approximate="tanh")
+        if name in ("QuickGELU", "QuickGELUActivation"):
+            return torch.ops.aten.silu_backward(one, x * 1.702)
+        if name in ("SiLU", "SiLUActivation"):
+            return torch.ops.aten.silu_backward(one, x)
+        if name == "ReLU":
+            return (x > 0).to(x.dtype)
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_(True)
+            (slope,) = torch.autograd.grad(self.function(leaf).sum(), leaf)
+        return slope
+
+
+class GatedActivation(Step):
+    """act(a)·b of the two halves of the last dimension, or a·act(b) if ``gate_last``."""
+
+    uniform = False
+
+    def __init__(self, function: Callable[[Tensor], Tensor], gate_last: bool = False) -> None:
+        self.act = Activation(function)
+        self.gate_last = gate_last
+
+    def likeness(self) -> tuple[Any, ...] | None:
+        known = self.act.likeness()
+        return None if known is None else (GatedActivation, self.gate_last, *known)
+
+    def stack(self, steps: Sequence[Any]) -> GatedActivation:
+        return self
+
+    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = x.chunk(2, -1)
+        return (b, a) if self.gate_last else (a, b)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, other = self._halves(x)
+        return self.act(gate) * other
+
+    def at(self, x: Tensor, frozen: bool = False) -> GatedDerivative:
+        gate, other = self._halves(x)
+        factors = self.act.slope(gate) * other, self.act(gate)
+        return GatedDerivative(torch.cat(factors[::-1] if self.gate_last else factors, -1))
+
+
+@dataclass(frozen=True)
+class GatedDerivative:
+    """The Jacobian of a product of two halves: both factors side by side, …×Q×2D."""
+
+    factors: Tensor
+
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        return torch.cat([cotangent, cotangent], -1) * self.factors[..., None, :]
+
+    def jvp(self, tangent: Tensor) -> Tensor:
+        a, b = (tangent * self.factors[..., None, :]).chunk(2, -1)
+        return a + b
+
+    def __getitem__(self, index: int) -> GatedDerivative:
+        """Of one block, where the factors are L×…."""
+        return GatedDerivative(self.factors[index])
 
 
 class Norm(Step):
@@ -172,13 +437,34 @@ class Norm(Step):
         self.module = module
         self.groups = groups
         self.kind = _kind(module)
-        eps: Any = module.eps
-        # nn.RMSNorm's eps may be None, which stands for that of the dtype it computes in.
-        self.eps = None if eps is None else float(eps)
+        self._read: tuple[Tensor | None, Tensor | None] | None = None
 
-    def _parameter(self, name: str, like: Tensor) -> Tensor | None:
-        tensor = getattr(self.module, name, None)
-        return None if tensor is None else tensor.detach().to(like.dtype)
+    @property
+    def eps(self) -> float | None:
+        """Of the module; None stands for that of the dtype it computes in."""
+        eps: Any = self.module.eps
+        return None if eps is None else float(eps)
+
+    def _parameters(self) -> tuple[Tensor | None, Tensor | None]:
+        if self._read is not None:
+            return self._read
+        found = (getattr(self.module, name, None) for name in ("weight", "bias"))
+        gamma, beta = (None if p is None else upcast(p.detach()) for p in found)
+        return gamma, beta
+
+    def read(self) -> Norm:
+        step = copy.copy(self)
+        step._read = self._parameters()
+        return step
+
+    def likeness(self) -> tuple[Any, ...] | None:
+        return Norm, self.kind, self.groups, self.eps, *map(_shape, self._parameters())
+
+    def stack(self, steps: Sequence[Any]) -> Norm:
+        gammas, betas = zip(*(step._parameters() for step in steps), strict=True)
+        step = copy.copy(self)
+        step._read = _together(gammas), _together(betas)
+        return step
 
     def _split(self, x: Tensor) -> Tensor:
         return x if self.groups == 1 else x.unflatten(-1, (self.groups, -1))
@@ -188,73 +474,101 @@ class Norm(Step):
 
     def state(self, x: Tensor) -> Normalised:
         """The normalised input, in float32 or wider."""
-        x = self._split(wide(x))
+        x = self._split(upcast(x))
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        return norm_fn.normalise(x, eps, self.kind)
+        return normalise(x, eps, self.kind)
 
     def __call__(self, x: Tensor) -> Tensor:
-        like = wide(x[..., :0])
-        gamma, beta = self._parameter("weight", like), self._parameter("bias", like)
-        if self.kind == "layer" and self.eps is not None:
-            x = self._split(wide(x))
+        gamma, beta = self._parameters()
+        x = upcast(x)
+        stack = any(p is not None and p.dim() > 1 for p in (gamma, beta))
+        if self.kind == "layer" and self.eps is not None and not stack:
+            x = self._split(x)
+            gamma, beta = (None if p is None else p.to(x.dtype) for p in (gamma, beta))
             return self._join(F.layer_norm(x, x.shape[-1:], gamma, beta, self.eps))
         y = self.state(x).x_hat
-        y = y if gamma is None else y * gamma
-        return self._join(y if beta is None else y + beta)
+        y = y if gamma is None else y * lifted(gamma, y.dim())
+        return self._join(y if beta is None else y + lifted(beta, y.dim()))
 
-    def pull(self, x: Tensor, cotangent: Tensor, hold: bool = False) -> Tensor:
-        c = self._split(cotangent)
-        gamma = self._parameter("weight", c)
-        return self._join(norm_fn.pull(c, self.state(x), gamma, self.kind, hold))
-
-    def pull_rows(self, x: Tensor, cotangent: Tensor) -> Tensor:
-        if self.groups > 1:
-            return super().pull_rows(x, cotangent)
-        gamma = self._parameter("weight", cotangent)
-        return norm_fn.pull_rows(cotangent, self.state(x), gamma, self.kind)
-
-    def push(self, x: Tensor, tangent: Tensor, hold: bool = False) -> Tensor:
-        t = self._split(tangent)
-        gamma = self._parameter("weight", t)
-        return self._join(norm_fn.push(t, self.state(x), gamma, self.kind, hold))
+    def at(self, x: Tensor, frozen: bool = False) -> Derivative:
+        state = self.state(x)
+        gamma = self._parameters()[0]
+        gamma = None if gamma is None else lifted(gamma, state.x_hat.dim())
+        jacobian = NormJacobian.at(state, gamma, self.kind, frozen)
+        return jacobian if self.groups == 1 else Grouped(jacobian, self.groups)
 
     def offset(self) -> Tensor | None:
-        beta = getattr(self.module, "bias", None)
-        return None if beta is None else wide(beta.detach()).repeat(self.groups)
+        beta = self._parameters()[1]
+        return None if beta is None else beta.repeat(*(1,) * (beta.dim() - 1), self.groups)
 
-    # -- The same in two halves, for tangents of all source tokens at once: what depends on the
+    # -- J·tangent in two halves, for tangents of all source tokens at once: what depends on the
     # rows, and the constant map diag(γ)(I − 11ᵀ/D), which can be folded into a weight that reads.
 
-    def push_mean(self, x: Tensor, tangent: Tensor, hold: bool = False) -> Tensor:
+    def jvp_mean(self, x: Tensor, tangent: Tensor) -> Tensor:
         """The mean over rows of J_q·tangent before the constant map; one tangent for all rows.
 
         Args:
-            x: the rows, B×Q×D.
-            tangent: B×N×D.
-            hold: treat σ as a constant.
+            x: the rows, …×Q×D.
+            tangent: …×N×D.
 
         Returns:
-            B×N×D, without ever forming Q×N×D.
+            …×N×D, without ever forming Q×N×D.
         """
         x_hat, slope, inverse = self.state(x)
         rows, width = x.shape[-2:]
-        moved = tangent * inverse.mean(-2, keepdim=True)
-        if hold:
-            return moved
-        along = tangent @ slope.transpose(-2, -1) * inverse.transpose(-2, -1)
-        return moved.baddbmm_(along, x_hat, alpha=-1.0 / (rows * width))
+        along = tangent @ (slope * inverse).mT
+        moved = (along @ x_hat).mul_(-1.0 / (rows * width))
+        return moved.addcmul_(tangent, inverse.mean(-2, keepdim=True))
 
-    def constant(self, vector: Tensor) -> Tensor:
+    def vjp_sum(self, x: Tensor, cotangent: Tensor) -> Tensor:
+        """Σ_q J_qᵀ·cotangent for a cotangent that all rows share: …×Q×D and …×1×K×D to …×1×K×D.
+
+        Without a tensor of all rows' cotangents.
+        """
+        x_hat, slope, inverse = self.state(x)
+        gamma = self._parameters()[0]
+        c = cotangent[..., 0, :, :]
+        c = c if gamma is None else c * gamma.to(c.dtype)
+        total = c * inverse.sum(-2, keepdim=True)
+        if self.kind == "layer":
+            total = total - total.mean(-1, keepdim=True)
+        along = (c @ (x_hat * inverse).mT) / x.shape[-1]
+        return (total - along @ slope)[..., None, :, :]
+
+    def constant(self, tangent: Tensor) -> Tensor:
         """diag(γ)(I − 11ᵀ/D) applied to tangents, …×D."""
-        t = vector - vector.mean(-1, keepdim=True) if self.kind == "layer" else vector
-        gamma = self._parameter("weight", t)
-        return t if gamma is None else t * gamma
+        t = tangent - tangent.mean(-1, keepdim=True) if self.kind == "layer" else tangent
+        gamma = self._parameters()[0]
+        return t if gamma is None else t * gamma.to(t.dtype)
 
     def fold(self, weight: Tensor) -> Tensor:
         """A weight (C×D) that reads the norm's output, moved before the constant map."""
-        gamma = self._parameter("weight", weight)
-        w = weight if gamma is None else weight * gamma
+        gamma = self._parameters()[0]
+        w = weight if gamma is None else weight * gamma.to(weight.dtype)
         return w - w.mean(-1, keepdim=True) if self.kind == "layer" else w
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """A Jacobian that acts on equal parts of the last dimension, …×Q×groups×D of its own."""
+
+    inner: Derivative
+    groups: int
+
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        return self._apply(self.inner.vjp, cotangent)
+
+    def jvp(self, tangent: Tensor) -> Tensor:
+        return self._apply(self.inner.jvp, tangent)
+
+    def __getitem__(self, index: int) -> Grouped:
+        """Of one block, where the rows are L×…."""
+        return Grouped(self.inner[index], self.groups)
+
+    def _apply(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
+        # …×Q×K×(G·d) to …×Q×G×K×d, as for Q·G rows.
+        split = vectors.unflatten(-1, (self.groups, -1)).transpose(-2, -3)
+        return function(split).transpose(-2, -3).flatten(-2)
 
 
 def _kind(module: nn.Module) -> NormKind:
@@ -273,85 +587,69 @@ def _kind(module: nn.Module) -> NormKind:
 
 
 @dataclass(frozen=True)
-class Chain:
-    """Steps in a row, with the values they had at some rows of one forward pass.
+class OutputPath:
+    """Steps in a row from a branch's product to the residual stream, with what entered each.
 
     Attributes:
         steps: the maps, first to last.
-        trace: the input of every step (B×Q×·), then the output of the last. A uniform step's
-            input may be empty, since its derivative does not depend on it.
+        inputs: what entered each step at some rows of one forward pass (…×Q×·). It may be empty
+            for a step whose derivative does not depend on it.
+        output: what the last step returned.
     """
 
     steps: tuple[Step, ...]
-    trace: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...]
+    output: Tensor
 
     @classmethod
-    def of(cls, steps: Sequence[Step], x: Tensor) -> Chain:
+    def of(cls, steps: Sequence[Step], x: Tensor) -> OutputPath:
         """Run the steps from ``x``."""
-        trace = [x]
+        inputs = []
         for step in steps:
-            trace.append(step(trace[-1]))
-        return cls(tuple(steps), tuple(trace))
-
-    @property
-    def output(self) -> Tensor:
-        """What the last step returned."""
-        return self.trace[-1]
+            inputs.append(x)
+            x = step(x)
+        return cls(tuple(steps), tuple(inputs), x)
 
     @property
     def uniform(self) -> bool:
         """Whether the derivative is the same for every row."""
         return all(step.uniform for step in self.steps)
 
-    def before_layer_scale(self) -> Chain:
-        """The chain up to LayerScale, which is where the published code reads a branch."""
+    def before_layer_scale(self) -> OutputPath:
+        """The path up to LayerScale, which is where the published code reads a branch."""
         for index, step in enumerate(self.steps):
             if isinstance(step, LayerScale):
-                return Chain(self.steps[:index], self.trace[: index + 1])
+                return OutputPath(self.steps[:index], self.inputs[:index], self.inputs[index])
         return self
 
-    def since(self, kind: type[Step]) -> Chain:
-        """The chain from the last step of a kind on."""
+    def since(self, kind: type[Step]) -> OutputPath:
+        """The path from the last step of a kind on."""
         index = max(i for i, step in enumerate(self.steps) if isinstance(step, kind))
-        return Chain(self.steps[index:], self.trace[index:])
+        return OutputPath(self.steps[index:], self.inputs[index:], self.output)
 
-    def pull(self, cotangent: Tensor, hold: bool = False) -> Tensor:
-        """The cotangent of the first input."""
-        for step, x in zip(reversed(self.steps), reversed(self.trace[:-1]), strict=True):
-            cotangent = step.pull(x, cotangent, hold)
+    def vjp(self, cotangent: Tensor, frozen: bool = False) -> Tensor:
+        """The cotangents of the first input, …×Q×K×·, with every σ a constant if ``frozen``."""
+        for step, x in zip(reversed(self.steps), reversed(self.inputs), strict=True):
+            cotangent = step.at(x, frozen).vjp(cotangent)
         return cotangent
 
-    def pull_rows(self, cotangent: Tensor) -> Tensor:
-        """The cotangent of the first input summed over rows: B×·."""
-        for index in reversed(range(len(self.steps))):
-            step, x = self.steps[index], self.trace[index]
-            # Where all that is left treats every row alike, one row stands for the sum.
-            alike = all(earlier.uniform for earlier in self.steps[:index])
-            cotangent = step.pull_rows(x, cotangent) if alike else step.pull(x, cotangent)
-        return cotangent.sum(1)
-
-    def push(self, tangent: Tensor, hold: bool = False) -> Tensor:
-        """The tangent of the output; with one recorded row, B×N×· tangents share it."""
-        for step, x in zip(self.steps, self.trace[:-1], strict=True):
-            tangent = step.push(x, tangent, hold)
+    def jvp(self, tangent: Tensor, frozen: bool = False) -> Tensor:
+        """The tangents of the output, …×Q×K×·."""
+        for step, x in zip(self.steps, self.inputs, strict=True):
+            tangent = step.at(x, frozen).jvp(tangent)
         return tangent
 
-    def pull_offsets(self, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-        """Carry a cotangent back with σ held, and gather what the biases of the steps add.
-
-        Returns:
-            the cotangent of the first input (B×Q×·), and Σ over steps and rows of
-            bias · cotangent (B).
-        """
-        total = cotangent.new_zeros(cotangent.shape[0])
-        for step, x in zip(reversed(self.steps), reversed(self.trace[:-1]), strict=True):
+    def biases(self, cotangent: Tensor) -> Tensor:
+        """Σ over steps and rows of bias · cotangent, with every σ frozen: …×K."""
+        total = along(None, cotangent)
+        for step, x in zip(reversed(self.steps), reversed(self.inputs), strict=True):
             total = total + along(step.offset(), cotangent)
-            cotangent = step.pull(x, cotangent, hold=True)
-        return cotangent, total
+            cotangent = step.at(x, frozen=True).vjp(cotangent)
+        return total
 
 
 def along(offset: Tensor | None, cotangent: Tensor) -> Tensor:
-    """Offset · cotangent summed over rows: D and B×Q×D to B."""
+    """Offset · cotangent summed over rows: D or L×D and …×Q×K×D to …×K."""
     if offset is None:
-        return cotangent.new_zeros(cotangent.shape[0])
-    return (cotangent @ offset.to(cotangent.dtype)).sum(-1)
+        return cotangent.new_zeros((*cotangent.shape[:-3], cotangent.shape[-2]))
+    return (cotangent * lifted(offset.to(cotangent.dtype), cotangent.dim())).sum((-3, -1))

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from captum_classemb.errors import InputError
-from captum_classemb.functional.precision import wide
-from captum_classemb.readout.base import HeldReadout, Readout
+from captum_classemb.functional.precision import upcast
+from captum_classemb.readout.base import Readout
 
-__all__ = ["HeldTextEmbedding", "TextEmbedding"]
+__all__ = ["TextEmbedding"]
 
 
 class TextEmbedding(Readout):
@@ -40,7 +40,7 @@ class TextEmbedding(Readout):
             )
         # In a tuple, so that the modules of the model are not registered a second time.
         self._image = (image,)
-        unit = torch.nn.functional.normalize(wide(text_features.detach()), dim=-1)
+        unit = torch.nn.functional.normalize(upcast(text_features.detach()), dim=-1)
         self.register_buffer("text", unit * scale)
         self.bias = bias
         self.num_classes = len(text_features)
@@ -64,44 +64,23 @@ class TextEmbedding(Readout):
             return scores
         return scores.gather(-1, target[:, None, None].expand(*scores.shape[:2], 1))[..., 0]
 
-    def pull(self, rows: Tensor, logit_gradient: Tensor) -> Tensor:
+    def vjp(self, rows: Tensor, g: Tensor, frozen: bool = False, summed: bool = False) -> Tensor:
         embedding = self.image(rows)
         norm = embedding.norm(dim=-1, keepdim=True)
-        unit = embedding / norm
-        c = logit_gradient @ self.text.to(unit)
-        c = (c - unit * (unit * c).sum(-1, keepdim=True)) / norm
-        return self.image.pull(rows, c)
+        c = g @ self.text.to(embedding)
+        if not frozen:
+            unit = (embedding / norm)[..., None, :]
+            c = c - unit * (unit * c).sum(-1, keepdim=True)
+        return self.image.vjp(rows, c / norm[..., None], frozen, summed)
 
-    def hold(self, rows: Tensor) -> HeldTextEmbedding:
-        return HeldTextEmbedding(self, self.image.hold(rows), self.image(rows))
+    def constants(self, rows: Tensor, g: Tensor) -> tuple[Tensor, Tensor | None]:
+        embedding = self.image(rows)
+        norm = embedding.norm(dim=-1, keepdim=True)[..., None]
+        bias, pool = self.image.constants(rows, g @ self.text.to(embedding) / norm)
+        return g.sum(-1) * self.bias + bias, pool
 
     def token_directions(self, tokens: Tensor, target: Tensor) -> Tensor:
         raise InputError(
             "memories of single tokens are not defined for text embeddings: the norm of the image "
             "embedding belongs to the pooled tokens."
         )
-
-
-class HeldTextEmbedding:
-    """The zero-shot scores with every σ and the norm of the image embedding held."""
-
-    def __init__(self, readout: TextEmbedding, image: HeldReadout, embedding: Tensor) -> None:
-        self.readout, self.image = readout, image
-        self.norm = embedding.norm(dim=-1, keepdim=True)
-
-    def _embedding_weights(self, g: Tensor) -> Tensor:
-        weights: Tensor = g @ self.readout.text.to(g) / self.norm
-        return weights
-
-    def pull(self, logit_weights: Tensor) -> Tensor:
-        """The directions u (B×Q×D) for the score weights g (B×C)."""
-        return self.image.pull(self._embedding_weights(logit_weights))
-
-    def offset(self, logit_weights: Tensor) -> Tensor:
-        """What biases add to g·scores: B."""
-        own: Tensor = logit_weights.sum(-1) * self.readout.bias
-        return own + self.image.offset(self._embedding_weights(logit_weights))
-
-    def pooled_mlp(self, logit_weights: Tensor) -> Tensor | None:
-        """What an MLP of the pool adds to g·scores: B; None without one."""
-        return self.image.pooled_mlp(self._embedding_weights(logit_weights))

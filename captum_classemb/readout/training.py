@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from captum_classemb.functional.precision import wide
+from captum_classemb.functional.precision import upcast
 from captum_classemb.readout.base import Readout
 from captum_classemb.readout.tuned import Translator
 
@@ -127,7 +127,7 @@ class TranslatorTrainer(_Trainer):
         translate = Translator(self.matrix, self.bias)
         for some, goal in zip(tokens.split(images), final.split(images), strict=True):
             with torch.no_grad():
-                wanted = self.own.project(wide(goal)).log_softmax(-1)
+                wanted = self.own.project(upcast(goal)).log_softmax(-1)
             with torch.enable_grad():
                 found = self.own.project(translate(some.detach())).log_softmax(-1)
                 loss = F.kl_div(found, wanted, reduction="sum", log_target=True) / count

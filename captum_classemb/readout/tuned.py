@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from captum_classemb.functional.precision import wide
-from captum_classemb.readout.base import HeldReadout, Readout
+from captum_classemb.functional.precision import upcast
+from captum_classemb.readout.base import Readout
 from captum_classemb.readout.placed import Place, PlacedReadout
+from captum_classemb.readout.steps import along
 
 __all__ = ["Translated", "Translator", "TunedLens"]
 
@@ -32,10 +33,10 @@ class Translator:
         return cls(torch.zeros(width, width, device=device), torch.zeros(width, device=device))
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = wide(x)
+        x = upcast(x)
         return x + x @ self.matrix.to(x).T + self.bias.to(x)
 
-    def pull(self, cotangent: Tensor) -> Tensor:
+    def vjp(self, cotangent: Tensor) -> Tensor:
         """The cotangent of the input."""
         return cotangent + cotangent @ self.matrix.to(cotangent)
 
@@ -63,35 +64,18 @@ class Translated(Readout):
     def project(self, tokens: Tensor, target: Tensor | None = None) -> Tensor:
         return self._own[0].project(self.translator(tokens), target)
 
-    def pull(self, rows: Tensor, logit_gradient: Tensor) -> Tensor:
-        return self.translator.pull(self._own[0].pull(self.translator(rows), logit_gradient))
+    def vjp(self, rows: Tensor, g: Tensor, frozen: bool = False, summed: bool = False) -> Tensor:
+        return self.translator.vjp(self._own[0].vjp(self.translator(rows), g, frozen, summed))
 
-    def hold(self, rows: Tensor) -> HeldTranslated:
-        return HeldTranslated(self.translator, self._own[0].hold(self.translator(rows)))
+    def constants(self, rows: Tensor, g: Tensor) -> tuple[Tensor, Tensor | None]:
+        own, translated = self._own[0], self.translator(rows)
+        bias, pool = own.constants(translated, g)
+        u = own.vjp(translated, g, frozen=True)
+        return bias + along(self.translator.bias, u), pool
 
     def token_directions(self, tokens: Tensor, target: Tensor) -> Tensor:
         directions = self._own[0].token_directions(self.translator(tokens), target)
-        return self.translator.pull(directions)
-
-
-class HeldTranslated:
-    """A translated readout with every σ held."""
-
-    def __init__(self, translator: Translator, own: HeldReadout) -> None:
-        self.translator, self.own = translator, own
-
-    def pull(self, logit_weights: Tensor) -> Tensor:
-        """The directions u (B×Q×D) for the logit weights g (B×C)."""
-        return self.translator.pull(self.own.pull(logit_weights))
-
-    def offset(self, logit_weights: Tensor) -> Tensor:
-        """What biases add to g·logits, the translator's among them: B."""
-        u = self.own.pull(logit_weights)
-        return self.own.offset(logit_weights) + (u @ self.translator.bias.to(u)).sum(-1)
-
-    def pooled_mlp(self, logit_weights: Tensor) -> Tensor | None:
-        """What an MLP of the pool adds to g·logits: B; None without one."""
-        return self.own.pooled_mlp(logit_weights)
+        return self.translator.vjp(directions)
 
 
 class TunedLens(PlacedReadout):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_classemb.errors import UnsupportedModelError
-from captum_classemb.functional.precision import wide
-from captum_classemb.readout import Chain
+from captum_classemb.functional.precision import upcast
+from captum_classemb.readout import OutputPath
 from captum_classemb.vit.hooks import after, before, hooks_removed, keep_output
 from captum_classemb.vit.parts import Attention, Block, Call, ViT
 from captum_classemb.vit.record import ALL
@@ -47,7 +47,7 @@ class AttentionTape:
 
     def values(self, block: int) -> Tensor:
         """The value vectors v, B×H×N×d, without gradients."""
-        return wide(self.attentions[block].values(self.calls[block]).detach())
+        return upcast(self.attentions[block].values(self.calls[block]).detach())
 
     def output(self, block: int) -> Tensor:
         """What the module returned, B×N×D, with its graph."""
@@ -61,12 +61,11 @@ class AttentionTape:
         with torch.no_grad():
             values = self.values(block)
             inner = attention.inner(call, ALL)
-            steps = (*inner, attention.proj)
-            trace: list[Tensor] = [torch.empty(0)] * (len(steps) + 1)
+            z = upcast(of_output)[:, :, None] @ attention.proj.weight
             if inner:
                 mixed = (self.weights(block) @ values).transpose(1, 2).flatten(2)
-                trace[: len(steps)] = Chain.of(inner, mixed).trace
-            z = Chain(steps, tuple(trace)).pull(wide(of_output))
+                z = OutputPath.of(inner, mixed).vjp(z)
+            z = z[:, :, 0]
             by_head: Tensor = z.unflatten(-1, (values.shape[1], -1)).transpose(1, 2)
             return by_head @ values.transpose(-2, -1)
 

@@ -8,16 +8,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from captum_classemb.errors import UnsupportedModelError
-from captum_classemb.functional.precision import wide
+from captum_classemb.functional.precision import upcast
 from captum_classemb.readout import (
+    Activation,
     AttentionPooled,
     ClassEmbedding,
+    GatedActivation,
     LayerScale,
     Linear,
     Norm,
     Part,
     ProbePool,
     Readout,
+    SideBySide,
     Step,
 )
 from captum_classemb.vit.adapt import register_adapter
@@ -57,6 +60,7 @@ class HuggingFaceAttention(Attention):
         proj = find(module, "o_proj", "out_proj", "output.dense")
         super().__init__(module, heads, proj, outer, watch=(self.q, self.k, self.v))
         self._scale: float = (self.q.out_features // heads) ** -0.5
+        self.projections = (Linear(self.q), Linear(self.k), Linear(self.v))
 
     def values(self, call: Call) -> Tensor:
         return split_heads(call.inner[self.v], self.heads)
@@ -76,8 +80,12 @@ class HuggingFaceAttention(Attention):
         # Eager attention shows its weights, which it rounds to float32 in any dtype.
         shown = call.output[1] if isinstance(call.output, tuple) and len(call.output) > 1 else None
         if isinstance(shown, Tensor):
-            return wide(shown[:, :, rows])
+            return upcast(shown[:, :, rows])
         return super().weights(call, rows)
+
+    def plain_softmax(self, call: Call, rows: slice) -> bool:
+        shown = call.output[1] if isinstance(call.output, tuple) and len(call.output) > 1 else None
+        return shown is None and self.bias(call, rows) is None
 
     def bias(self, call: Call, rows: slice) -> Tensor | None:
         mask = call.kwargs.get("attention_mask")
@@ -104,11 +112,26 @@ def _block(layer: Any) -> Block:
         )
     fc2 = find(layer, "mlp.fc2", "mlp.down_proj", "mlp.weights_out", "output.dense")
     mlp = getattr(layer, "mlp", fc2)
-    return Block(
-        layer,
-        (HuggingFaceAttention(attention, _scale(layer, "1")),),
-        (MLP(mlp, fc2, _scale(layer, "2")),),
-    )
+    first = find(layer, "layernorm_before", "norm1", "layer_norm1")
+    second = find(layer, "layernorm_after", "norm2", "layer_norm2")
+    read = HuggingFaceAttention(attention, _scale(layer, "1"))
+    read.entry = (Norm(first),)
+    entry, hidden = (Norm(second),), _hidden(layer)
+    return Block(layer, (read,), (MLP(mlp, fc2, _scale(layer, "2"), entry=entry, hidden=hidden),))
+
+
+def _hidden(layer: Any) -> tuple[Step, ...] | None:
+    """The steps to what enters ``fc2``; None for an MLP that is not known."""
+    mlp = getattr(layer, "mlp", None)
+    if hasattr(mlp, "gate_proj") and hasattr(mlp, "act_fn"):
+        return SideBySide((mlp.gate_proj, mlp.up_proj)), GatedActivation(mlp.act_fn)
+    if hasattr(mlp, "weights_in"):
+        return Linear(mlp.weights_in), GatedActivation(nn.SiLU())
+    if hasattr(layer, "intermediate"):
+        act = layer.intermediate.intermediate_act_fn
+        return Linear(layer.intermediate.dense), Activation(act)
+    act = getattr(mlp, "activation_fn", None) or getattr(mlp, "act_fn", None)
+    return None if act is None else (Linear(mlp.fc1), Activation(act))  # type: ignore[union-attr]
 
 
 def _vit(model: Any, encoder: Any, readout: Readout | None, prefix: int, any_size: bool) -> ViT:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from captum_classemb.errors import InputError, NonFiniteError, UnsupportedModelError
 from captum_classemb.functional.attention import attention_weights
 from captum_classemb.functional.grid import patch_index
-from captum_classemb.functional.precision import wide
-from captum_classemb.readout import Chain, Linear, Readout, Step
+from captum_classemb.functional.precision import upcast
+from captum_classemb.readout import Linear, OutputPath, Readout, Step
 
 __all__ = ["MLP", "Attention", "Block", "Call", "ViT", "split_heads"]
 
@@ -61,7 +61,22 @@ class Attention(ABC):
         outer: the steps between the module's output and the residual stream (LayerScale,
             post-norm).
         watch: submodules whose inputs and outputs :meth:`values` and its siblings need.
+
+    What follows may be set to say how queries, keys and values are made of the stream's rows.
+    :class:`~captum_classemb.attr.PatchImportance` then follows derivatives along the rows that
+    are read; without it, the branches of later blocks are held constant.
+
+    Attributes:
+        entry: the steps between the residual stream and the projections (a norm).
+        projections: the linear steps whose outputs, side by side, are queries, keys and values;
+            None if they are not known.
+        query_steps, key_steps: the steps after them (norms of each head).
     """
+
+    entry: tuple[Step, ...] = ()
+    projections: tuple[Linear, ...] | None = None
+    query_steps: tuple[Step, ...] = ()
+    key_steps: tuple[Step, ...] = ()
 
     #: True where :meth:`weights` are one softmax that the module itself may show.
     shows_weights: bool = False
@@ -106,9 +121,13 @@ class Attention(ABC):
             self.queries(call, rows), self.keys(call), self.scale(), self.bias(call, rows)
         )
 
+    def plain_softmax(self, call: Call, rows: slice) -> bool:
+        """Whether :meth:`weights` are softmax(scale · query·key) and no more in this call."""
+        return type(self).weights is Attention.weights and self.bias(call, rows) is None
+
     def mixed(self, call: Call, rows: slice) -> Tensor:
         """A·V at some query rows, heads side by side: B×Q×(H·d)."""
-        mixed = self.weights(call, rows) @ wide(self.values(call))
+        mixed = self.weights(call, rows) @ upcast(self.values(call))
         return mixed.transpose(1, 2).flatten(2)
 
     def inner(self, call: Call, rows: slice) -> tuple[Step, ...]:
@@ -134,18 +153,20 @@ class Attention(ABC):
             )
         return entered[:, rows]
 
-    def tail(self, call: Call, rows: slice) -> Chain:
+    def path(self, call: Call, rows: slice) -> OutputPath:
         """The way from A·V to the residual stream, at some query rows."""
-        inner = self.inner(call, rows)
-        output = self.output(call, rows)
+        steps = tuple(step.read() for step in (*self.inner(call, rows), self.proj, *self.outer))
+        count = len(steps) - len(self.outer) - 1
         # Only what a step with a derivative of its own reads is computed.
-        read = max((i + 1 for i, step in enumerate(inner) if not step.uniform), default=0)
-        trace = Chain.of(inner[: read - 1], self.mixed(call, rows)).trace if read else ()
-        unread = (torch.empty(0),) * (len(inner) + 1 - read)
-        # The rows are copied so that the whole output need not be kept.
-        projected = output if output.shape[1] == call.input.shape[1] else output.clone()
-        outer = Chain.of(self.outer, projected)
-        return Chain((*inner, self.proj, *self.outer), (*trace, *unread, *outer.trace))
+        read = max((i + 1 for i, step in enumerate(steps[:count]) if not step.uniform), default=0)
+        inner = OutputPath.of(steps[: read - 1], self.mixed(call, rows)) if read else None
+        inputs = [] if inner is None else [*inner.inputs, inner.output]
+        inputs += [torch.empty(0)] * (count + 1 - read)
+        output = self.output(call, rows)
+        # A few rows are copied so that the whole output need not be kept.
+        output = output if output.shape[1] == call.input.shape[1] else output.clone()
+        outer = OutputPath.of(steps[count + 1 :], output)
+        return OutputPath(steps, (*inputs, *outer.inputs), outer.output)
 
 
 class MLP:
@@ -157,6 +178,8 @@ class MLP:
         outer: the steps between the module's output and the residual stream.
         columns: the columns that belong to the MLP, where ``fc2`` is shared with attention; its
             bias is then attention's.
+        entry: the steps between the residual stream and the module (a norm).
+        hidden: the steps from there to what enters ``fc2``; None if they are not known.
     """
 
     def __init__(
@@ -165,9 +188,13 @@ class MLP:
         fc2: nn.Module,
         outer: Sequence[Step] = (),
         columns: slice | None = None,
+        entry: Sequence[Step] = (),
+        hidden: Sequence[Step] | None = None,
     ) -> None:
         self.module = module
         self.fc2 = fc2
+        self.entry = tuple(entry)
+        self.hidden = None if hidden is None else tuple(hidden)
         self.outer = tuple(outer)
         self.proj = Linear(fc2, columns, biased=columns is None)
 
@@ -183,10 +210,11 @@ class MLP:
         assert entered is not None
         return self.proj(self.coefficients(entered))
 
-    def tail(self, projected: Tensor) -> Chain:
+    def path(self, projected: Tensor) -> OutputPath:
         """The way from the coefficients to the residual stream, at rows of fc2's output."""
-        outer = Chain.of(self.outer, projected.clone())
-        return Chain((self.proj, *self.outer), (torch.empty(0), *outer.trace))
+        steps = tuple(step.read() for step in (self.proj, *self.outer))
+        outer = OutputPath.of(steps[1:], projected)
+        return OutputPath(steps, (torch.empty(0), *outer.inputs), outer.output)
 
 
 @dataclass
@@ -248,8 +276,8 @@ class ViT(nn.Module):
         self.image_size = image_size
         self.channels = channels
         self._grid = grid
-        #: The state of the weights for which the reading of the model was verified.
-        self.verified_state: int | None = None
+        #: States of structure and weights for which the reading of the model was verified.
+        self.verified: set[Any] = set()
         #: How the model is called, where its own forward needs more than images.
         self.call: Callable[..., Any] | None = None
         self.training = model.training
@@ -347,5 +375,5 @@ class ViT(nn.Module):
             raise InputError(f"inputs are {size[0]}×{size[1]} pixels: the model takes {wanted}.")
         self.grid(size)
         # The sum is finite if every pixel is: one pass, where isfinite takes four.
-        if not torch.isfinite(wide(inputs).sum()):
+        if not torch.isfinite(upcast(inputs).sum()):
             raise NonFiniteError("inputs hold NaN or infinity: finite pixels are needed.")

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from captum_classemb.errors import InputError, UnsupportedModelError
-from captum_classemb.readout import Chain
+from captum_classemb.readout import OutputPath
 from captum_classemb.vit.attention_edit import refuse_edits
 from captum_classemb.vit.hooks import after, before, hooks_removed
 from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT
 
-__all__ = ["ALL", "SITES", "Recording", "record", "record_module"]
+__all__ = ["ALL", "SITES", "Recording", "SiteRecorder", "record", "record_module"]
 
 ALL = slice(None)
 
@@ -35,8 +35,8 @@ SITES = (
     "values",
     "keys",
     "attention",
-    "attn_tail",
-    "mlp_tail",
+    "attn_path",
+    "mlp_path",
     "attn_coefficients",
     "mlp_coefficients",
     "embedding",
@@ -51,8 +51,8 @@ class Recording:
     Sites of the residual stream are tensors B×N×D; ``embedding`` is the first block's
     ``resid_pre`` and ``final`` the last block's ``resid_post``, and these lists have one entry.
     ``values`` and ``keys`` (B×H×N×d), ``attention`` (B×H×Q×N), the coefficients (B×N×M) and the
-    tails are tuples with one entry for each parallel module of the block. A tail is the
-    :class:`~captum_classemb.readout.Chain` from the memory coefficients to the residual stream.
+    paths are tuples with one entry for each parallel module of the block. A path is the
+    :class:`~captum_classemb.readout.OutputPath` from the memory coefficients to the residual stream.
     """
 
     sites: dict[str, list[Any]]
@@ -97,20 +97,18 @@ def record(
         >>> rec["resid_post"][-1].shape[0], rec.logits.shape
         (1, torch.Size([1, 10]))
     """
+    recorder = SiteRecorder.of(vit, sites, blocks)
+    with recorder.hooked(), torch.no_grad():
+        logits = vit(inputs, *forward_args)
+    return recorder.finish(logits)
+
+
+def _wanted(sites: Iterable[str] | Mapping[str, slice]) -> dict[str, slice]:
     wanted = dict(sites) if isinstance(sites, Mapping) else dict.fromkeys(sites, ALL)
     unknown = [site for site in wanted if site not in SITES]
     if unknown:
         raise InputError(f"unknown site {unknown[0]!r}: sites are {', '.join(SITES)}.")
-    count = len(vit.blocks)
-    chosen = range(count) if blocks is None else blocks
-    for index in chosen:
-        vit.block(index)
-    if wanted.keys() & {"attention", "attn_tail"}:
-        refuse_edits(of_attention=True)
-    recorder = _Recorder(vit, wanted, {index % count for index in chosen})
-    with recorder.hooked(), torch.no_grad():
-        logits = vit(inputs, *forward_args)
-    return recorder.finish(logits)
+    return wanted
 
 
 def record_module(
@@ -169,7 +167,7 @@ class _Room:
         return self.free.pop(0).copy_(tensor)
 
 
-class _Recorder:
+class SiteRecorder:
     """The hooks of one recording."""
 
     def __init__(self, vit: ViT, wanted: dict[str, slice], keep: set[int]) -> None:
@@ -181,6 +179,22 @@ class _Recorder:
         self.handles: list[RemovableHandle] = []
         modules = sum(len(vit.blocks[index].attentions) for index in keep)
         self.room = _Room(modules * len(wanted.keys() & {"values", "keys"}))
+
+    @classmethod
+    def of(
+        cls,
+        vit: ViT,
+        sites: Iterable[str] | Mapping[str, slice],
+        blocks: Sequence[int] | None = None,
+    ) -> SiteRecorder:
+        """The hooks of :func:`record`, not yet set."""
+        wanted, count = _wanted(sites), len(vit.blocks)
+        chosen = range(count) if blocks is None else blocks
+        for index in chosen:
+            vit.block(index)
+        if wanted.keys() & {"attention", "attn_path"}:
+            refuse_edits(of_attention=True)
+        return cls(vit, wanted, {index % count for index in chosen})
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -213,7 +227,7 @@ class _Recorder:
         kept = tensor if rows == ALL else tensor[:, rows].clone()
         self.recording.sites[site][index] = kept
 
-    def _append(self, site: str, index: int, entry: Tensor | Chain) -> None:
+    def _append(self, site: str, index: int, entry: Tensor | OutputPath) -> None:
         held = self.recording.sites[site][index] or ()
         self.recording.sites[site][index] = (*held, entry)
 
@@ -238,7 +252,7 @@ class _Recorder:
             pending.clear()
 
         self.handles.append(before(block.module, enter))
-        if wants & {"values", "keys", "attention", "attn_tail", "attn_coefficients"} or (
+        if wants & {"values", "keys", "attention", "attn_path", "attn_coefficients"} or (
             wants & {"attn_out", "resid_mid"}
         ):
             for attention in block.attentions:
@@ -281,8 +295,8 @@ class _Recorder:
             self._append("keys", index, self.room.copy(attention.keys(call)))
         if self._wants("attention", index):
             self._append("attention", index, attention.weights(call, wanted["attention"]))
-        if self._wants("attn_tail", index):
-            self._append("attn_tail", index, attention.tail(call, wanted["attn_tail"]))
+        if self._wants("attn_path", index):
+            self._append("attn_path", index, attention.path(call, wanted["attn_path"]))
         if self._wants("attn_coefficients", index):
             coefficients = attention.coefficients(call, wanted["attn_coefficients"])
             self._append("attn_coefficients", index, coefficients)
@@ -292,7 +306,7 @@ class _Recorder:
     ) -> None:
         if not (self._wants("attn_out", index) or self._wants("resid_mid", index)):
             return
-        out = Chain.of(attention.outer, attention.output(call, ALL)).output
+        out = OutputPath.of(attention.outer, attention.output(call, ALL)).output
         pending["attn_out"] = pending["attn_out"] + out if "attn_out" in pending else out
         if self._wants("attn_out", index):
             self._keep("attn_out", index, pending["attn_out"])
@@ -315,12 +329,12 @@ class _Recorder:
 
         def end(args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
             tokens = entered.pop() if entered else None
-            if self._wants("mlp_tail", index):
-                rows = self.wanted["mlp_tail"]
+            if self._wants("mlp_path", index):
+                rows = self.wanted["mlp_path"]
                 some = None if tokens is None else tokens[:, rows]
-                self._append("mlp_tail", index, mlp.tail(mlp.output(some, output[:, rows])))
+                self._append("mlp_path", index, mlp.path(mlp.output(some, output[:, rows]).clone()))
             if self._wants("mlp_out", index):
-                out = Chain.of(mlp.outer, mlp.output(tokens, output)).output
+                out = OutputPath.of(mlp.outer, mlp.output(tokens, output)).output
                 pending["mlp_out"] = pending["mlp_out"] + out if "mlp_out" in pending else out
                 self._keep("mlp_out", index, pending["mlp_out"])
 

@@ -1,240 +1,254 @@
-"""Follow the derivative of a score back along the rows that the readout reads.
+"""The derivative of a score along the rows that the readout reads, all other tokens constant.
 
-Every other token is held constant, so a block costs no more than its few rows do: the block itself
-is run on these rows alone, with the keys and values of all tokens from the recorded pass. The
-model's own modules compute each step, whatever their order of norms, scales and gates.
+Per block it runs back through MLP, output projection, values, softmax, queries and norms of these
+few rows alone, in closed form. The way forward along the same rows is rebuilt first, from the
+weights that the way back uses, and compared with what the model computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from captum_classemb.errors import UnsupportedModelError
-from captum_classemb.functional.precision import wide
-from captum_classemb.vit.hooks import after, hooks_removed, keep_output
-from captum_classemb.vit.parts import Attention, Block, Call, ViT
-from captum_classemb.vit.record import ALL, Recording, _Recorder
+from captum_classemb.functional.norm import NormJacobian
+from captum_classemb.functional.precision import upcast
+from captum_classemb.readout.steps import Linear, OutputPath, Step, stacked
+from captum_classemb.vit.forward_pass import ForwardPass, Stage
+from captum_classemb.vit.parts import MLP, Attention, Call, ViT
 
-__all__ = ["BlockDerivative", "block_derivative", "record_stream", "runs_alone"]
+__all__ = ["RowStream", "follows_rows"]
 
 
-def runs_alone(vit: ViT, rows: slice) -> bool:
-    """Whether the rows are few and a block can be run on them without the other tokens.
+def follows_rows(vit: ViT, rows: slice) -> bool:
+    """Whether the rows are few, and the adapter says how a block makes them.
 
-    Not so where the readout reads the patches, where attention is more than one softmax or holds
-    biases for all pairs of tokens, or where it is no module apart from its block.
+    Not so where the readout reads the patches, or where attention is more than one softmax, holds
+    biases for all pairs of tokens, or is no module apart from its block.
     """
     if rows.stop is None or not 0 <= rows.start < rows.stop <= vit.prefix_tokens:
         return False
     nothing = Call((), {})
     return all(
-        (type(attention).weights is Attention.weights or attention.shows_weights)
+        attention.projections is not None
+        and (type(attention).weights is Attention.weights or attention.shows_weights)
         and attention.bias(nothing, rows) is None
         and attention.module is not block.module
         for block in vit.blocks
         for attention in block.attentions
-    )
+    ) and all(mlp.hidden is not None for block in vit.blocks for mlp in block.mlps)
 
 
-def record_stream(
-    vit: ViT, inputs: Tensor, rows: slice, forward_args: tuple[Any, ...] = ()
-) -> Recording:
-    """One forward pass that keeps what :func:`block_derivative` needs, and the attention tails.
+@dataclass
+class _Module:
+    """One attention module of a stage, at the rows, with what its derivative reads."""
 
-    Returns:
-        a recording of ``"values"``, ``"keys"``, ``"attn_tail"``, ``"resid_pre"`` and
-        ``"resid_post"``, the last three at the rows, and what is added to their dot products.
-    """
-    sites = dict.fromkeys(("attn_tail", "resid_pre", "resid_post"), rows)
-    recorder = _StreamRecorder(vit, sites | {"values": ALL, "keys": ALL}, rows)
-    with recorder.hooked(), torch.no_grad():
-        logits = vit(inputs, *forward_args)
-    return recorder.finish(logits)
-
-
-class _StreamRecorder(_Recorder):
-    def __init__(self, vit: ViT, wanted: dict[str, slice], rows: slice) -> None:
-        super().__init__(vit, wanted, set(range(len(vit.blocks))))
-        self.rows = rows
-        self.bias: list[tuple[Tensor | None, ...]] = [()] * len(vit.blocks)
-
-    def _read_memories(self, index: int, attention: Attention, call: Call) -> None:
-        super()._read_memories(index, attention, call)
-        self.bias[index] = (*self.bias[index], attention.bias(call, self.rows))
-
-    def finish(self, logits: Tensor) -> Recording:
-        recording = super().finish(logits)
-        recording.sites["bias"] = list(self.bias)
-        return recording
+    attention: Tensor
+    keys: Tensor
+    values: Tensor
+    query: Tensor
+    scale: list[float]
+    entry: list[Any]
+    query_steps: list[Any]
+    key_steps: list[Any]
+    projections: list[list[Linear]]
+    path: list[Any]
 
 
-class BlockDerivative:
-    """A block run on some rows, ready to carry cotangents of its output back.
-
-    Args:
-        block: the block.
-        entering: ``resid_pre`` at the rows, B×Q×D.
-        keys: keys of all tokens of each attention module, B×H×N×d.
-        values: values of all tokens of each attention module, B×H×N×d.
-        biases: what each module adds to the dot products of the rows, or None.
-        rows: the rows, as a slice of all tokens.
-        copies: m, how many cotangents of an image are carried back at once. The rows are run m
-            times side by side, each copy by itself, so that matrix products carry all of them.
+class RowStream:
+    """The blocks of a recorded pass along the rows, ready to carry cotangents back.
 
     Attributes:
-        output: ``resid_post`` at the rows, B×Q×D, detached.
-        weights: the attention of the rows in each module, B×H×Q×N, detached.
+        attention: A of the rows for each stage and module, L×B×H×Q×N.
     """
 
-    def __init__(
-        self,
-        block: Block,
-        entering: Tensor,
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        rows: slice,
-        copies: int = 1,
-    ) -> None:
-        self.copies = copies
-        self.weights: list[Tensor] = []
-        self._mixed: list[Tensor] = []
-        with torch.enable_grad():
-            self._leaf = entering.detach().repeat_interleave(copies, 0).requires_grad_(True)
-            self._output = self._run(block, list(zip(keys, values, biases, strict=True)), rows)
-        self.output = self._output.detach()[::copies]
+    def __init__(self, vit: ViT, done: ForwardPass) -> None:
+        self.vit, self.rows = vit, done.rows
+        assert done.resid_pre is not None and done.mlp_out is not None
+        assert done.resid_post is not None
+        self.attention: list[list[Tensor]] = []
+        self._modules: dict[int, tuple[list[_Module], int]] = {}
+        self._mlps: dict[int, tuple[list[list[Any]], int]] = {}
+        for stage in done.stages:
+            some = slice(stage.blocks[0], stage.blocks[-1] + 1)
+            entering = done.resid_pre[some]
+            modules = [self._attend(done, stage, i, entering) for i in range(len(stage.modules))]
+            self.attention.append([module.attention for module in modules])
+            middle = entering + stage.attn_out
+            number = len(vit.blocks[stage.blocks[0]].mlps)
+            columns = [[vit.blocks[b].mlps[i] for b in stage.blocks] for i in range(number)]
+            written, chains = zip(*(self._mlp(column, middle) for column in columns), strict=True)
+            added = sum(written[1:], written[0])
+            done.checks.equal("MLP outputs", stage.blocks, added, done.mlp_out[some])
+            for i, block in enumerate(stage.blocks):
+                self._modules[block] = modules, i
+                self._mlps[block] = list(chains), i
 
-    def _run(
-        self, block: Block, recorded: list[tuple[Tensor, Tensor, Tensor | None]], rows: slice
-    ) -> Tensor:
-        handles = []
-        for attention, tokens in zip(block.attentions, recorded, strict=True):
-            inner: dict[nn.Module, Tensor] = {}
+    # -- forward along the rows
 
-            def replace(
-                args: tuple[Any, ...],
-                kwargs: Any,
-                output: Any,
-                attention: Attention = attention,
-                tokens: tuple[Tensor, Tensor, Tensor | None] = tokens,
-                inner: dict[nn.Module, Tensor] = inner,
-            ) -> Any:
-                rewritten = self._attend(
-                    attention, Call(args, kwargs, output, inner), *tokens, rows
-                )
-                return (rewritten, *output[1:]) if isinstance(output, tuple) else rewritten
+    def _attend(self, done: ForwardPass, stage: Stage, number: int, entering: Tensor) -> _Module:
+        attentions = [self.vit.blocks[b].attentions[number] for b in stage.blocks]
+        memories = stage.modules[number]
+        assert memories.keys is not None
+        x, entry = _run([a.entry for a in attentions], entering)
+        projections = [[p.read() for p in a.projections or ()] for a in attentions]
+        made = torch.stack(
+            [torch.cat([p(x[i]) for p in ps], -1) if len(ps) > 1 else ps[0](x[i])
+             for i, ps in enumerate(projections)]
+        )
+        heads, width = memories.values.shape[-3], memories.values.shape[-1]
+        shared = (made.shape[-1] - heads * width) // 2
+        query, key = made[..., : heads * width], made[..., heads * width : heads * width + shared]
+        query, query_steps = _run([a.query_steps for a in attentions], query)
+        _, key_steps = _run([a.key_steps for a in attentions], key)
+        keys, values = upcast(memories.keys), upcast(memories.values)
+        by_head = query.unflatten(-1, (heads, width)).transpose(-2, -3)
+        scale = [a.scale() for a in attentions]
+        factor: Any = scale[0]
+        if len(set(scale)) > 1:
+            factor = torch.tensor(scale, device=made.device).view(-1, 1, 1, 1, 1)
+        scores = (by_head * factor) @ keys.mT
+        if any(b is not None for b in memories.bias):
+            scores = torch.stack(
+                [s if b is None else s + b.to(s.dtype) for s, b in zip(scores, memories.bias, strict=True)]
+            )
+        attention = scores.softmax(-1)
+        mixed = (attention @ values).transpose(-2, -3).flatten(-2)
+        count = len(memories.path.steps) - len(attentions[0].outer)
+        rebuilt = OutputPath.of(memories.path.steps[:count], mixed).output
+        after_w_o = memories.path.inputs[count:]
+        real = after_w_o[0] if after_w_o else memories.path.output
+        done.checks.equal("attention outputs", stage.blocks, rebuilt, real)
+        path = [s.at(x) for s, x in zip(memories.path.steps, memories.path.inputs, strict=True)]
+        return _Module(
+            attention, keys, values, by_head, scale, entry, query_steps, key_steps, projections, path
+        )
 
-            handles += [keep_output(watched, inner) for watched in attention.watch]
-            handles.append(after(attention.module, replace))
-        # A block of class attention is handed the patches first: there are none here.
-        others = [self._leaf[:, :0]] * block.stream
-        with hooks_removed(handles):
-            output = block.module(*others, self._leaf)
-        rewritten: Tensor = output[0] if isinstance(output, tuple) else output
-        return rewritten
+    def _mlp(self, mlps: Sequence[MLP], middle: Tensor) -> tuple[Tensor, list[Any]]:
+        steps = [(*m.entry, *(m.hidden or ()), m.proj, *m.outer) for m in mlps]
+        return _run(steps, middle)
 
-    def _attend(
-        self,
-        attention: Attention,
-        call: Call,
-        keys: Tensor,
-        values: Tensor,
-        bias: Tensor | None,
-        rows: slice,
-    ) -> Tensor:
-        """What attention returns for the rows, given the keys and values of all tokens.
+    # -- back along the rows
 
-        The rows' own keys and values are among the recorded ones already; only their derivative
-        is added, by a difference that is zero. Nothing the size of all keys is copied.
-        """
-        width, count = keys.shape[2], rows.stop - rows.start
-        query = wide(attention.queries(call, ALL))
-        own_key, own_value = wide(attention.keys(call)), wide(attention.values(call))
-        key, value = wide(keys), wide(values)
-        moved = query.detach() @ (own_key - own_key.detach()).transpose(-2, -1)
-        scores = self._together(query) @ key.transpose(-2, -1)
-        scores = scores + F.pad(self._together(moved), (rows.start, width - rows.stop))
-        scores = scores * attention.scale()
-        if bias is not None:
-            bias = bias.to(scores.dtype)
-            several = bias.dim() > 1 and bias.shape[-2] > 1
-            scores = scores + (bias.tile(self.copies, 1) if several else bias)
-        weights = scores.softmax(-1)
-        self.weights.append(weights.detach()[:, :, :count])
-        held = self._apart(weights.detach()[..., rows], count)
-        moved_value = held @ (own_value - own_value.detach())
-        mixed = weights @ value + self._together(moved_value)
-        self._mixed.append(mixed)
-        x = self._apart(mixed, count).transpose(1, 2).flatten(2)
-        for step in attention.inner(call, ALL):
-            x = step(x)
-        projected: Tensor = attention.proj.module(x.to(values.dtype))
-        return projected
+    def memories(self, block: int) -> tuple[list[Tensor], list[Tensor]]:
+        """A of the rows (B×H×Q×N) and values (B×H×N×d) of each module of a block."""
+        modules, l = self._modules[block]
+        return [m.attention[l] for m in modules], [m.values[l] for m in modules]
 
-    def _together(self, heads: Tensor) -> Tensor:
-        """(B·m)×H×Q×· to B×H×(m·Q)×·: what shares the keys and values of one image."""
-        if self.copies == 1:
-            return heads
-        by_image: Tensor = heads.unflatten(0, (-1, self.copies))
-        return by_image.transpose(1, 2).flatten(2, 3)
-
-    def _apart(self, heads: Tensor, count: int) -> Tensor:
-        """B×H×(m·Q)×· to (B·m)×H×Q×·."""
-        if self.copies == 1:
-            return heads
-        by_copy: Tensor = heads.unflatten(2, (self.copies, count))
-        return by_copy.transpose(1, 2).flatten(0, 1)
-
-    def pull(self, cotangent: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Carry cotangents of the block's output back.
+    def vjp(
+        self, block: int, cotangent: Tensor
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Carry cotangents of a block's output back, one block.
 
         Args:
-            cotangent: (B·m)×Q×D, the copies of an image one after another.
+            block: which.
+            cotangent: B×Q×K×D.
 
         Returns:
-            the cotangent of the block's input, of the same shape, and for each attention module
-            that of A·V, B×H×(m·Q)×d; its product with the values is that of A.
+            the cotangent of the block's input (B×Q×K×D), and of each attention module that of A·V
+            (z, B×Q×K×(H·d)) and A·v·z of each query row (B×H×Q×K×N).
         """
-        entering, *mixed = torch.autograd.grad(
-            self._output,
-            [self._leaf, *self._mixed],
-            cotangent.to(self._output.dtype),
-            retain_graph=True,
-        )
-        return entering, mixed
+        chains, l = self._mlps[block]
+        middle = cotangent
+        for chain in chains:
+            middle = _back(chain, l, cotangent, middle)
+        modules, l = self._modules[block]
+        entering, directions, carried = middle, [], []
+        for module in modules:
+            z = middle
+            for derivative in reversed(module.path):
+                z = derivative[l].vjp(z)
+            into, evidence = self._through_attention(module, l, z)
+            entering = _back(module.entry, l, into, entering)
+            directions.append(z)
+            carried.append(evidence)
+        return entering, directions, carried
+
+    def _through_attention(self, module: _Module, l: int, z: Tensor) -> tuple[Tensor, Tensor]:
+        """From a cotangent of A·V to that of what queries, keys and values are made of."""
+        weights, keys, values = module.attention[l], module.keys[l], module.values[l]
+        query, scale = module.query[l], module.scale[l]
+        batch, heads, rows, tokens = weights.shape
+        count, width = z.shape[2], values.shape[-1]
+        by_head = z.reshape(batch, rows * count, heads, width).transpose(1, 2)
+        along = (by_head @ values.mT).unflatten(2, (rows, count))
+        a = weights[:, :, :, None]
+        carried = a * along
+        scores = torch.addcmul(carried, a, carried.sum(-1, keepdim=True), value=-1)
+        d_query = (scores.flatten(2, 3) @ keys).unflatten(2, (rows, count))
+        own = scores[..., self.rows]
+        if rows == 1:
+            d_key = own * query[:, :, :, None]
+            d_value = weights[..., self.rows, None] * by_head[:, :, None]
+        else:
+            d_key = torch.einsum("bhqkr,bhqd->bhrkd", own, query)
+            by_row = by_head.unflatten(2, (rows, count))
+            d_value = torch.einsum("bhqr,bhqkd->bhrkd", weights[..., self.rows], by_row)
+        parts = torch.stack([d_query, d_key, d_value])
+        parts[:2] *= scale
+        # 3×B×H×Q×K×d to B×Q×K×(H·d) each.
+        d_query, d_key, d_value = parts.permute(0, 1, 3, 4, 2, 5).unbind(0)
+        kept = sum(p.weight.shape[-2] for p in module.projections[l]) - heads * width
+        groups = 2 * heads * width // kept
+        if groups > 1:
+            d_key, d_value = (
+                g.unflatten(-2, (heads // groups, groups)).sum(-2) for g in (d_key, d_value)
+            )
+        d_query, d_key, d_value = (g.flatten(-2) for g in (d_query, d_key, d_value))
+        d_query = _back(module.query_steps, l, d_query)
+        d_key = _back(module.key_steps, l, d_key)
+        made = torch.cat([d_query, d_key, d_value], -1)
+        total: Tensor | None = None
+        start = 0
+        for step in module.projections[l]:
+            weight = step.weight
+            part = made[..., start : start + weight.shape[-2]] @ weight
+            start += weight.shape[-2]
+            total = part if total is None else total + part
+        assert total is not None
+        return total, carried
 
 
-def block_derivative(
-    vit: ViT, recording: Recording, index: int, rows: slice, copies: int = 1
-) -> BlockDerivative:
-    """The derivative of one recorded block along the rows.
+def _run(paths: Sequence[Sequence[Step]], x: Tensor) -> tuple[Tensor, list[Any]]:
+    """The steps of L blocks from x (L×B×Q×·), with their derivatives.
 
-    Raises:
-        UnsupportedModelError: if the block, run on the rows alone, gives another output than in
-            the recorded pass.
+    Small parameters are stacked; of linear layers each block's own is used, so that no weight is
+    copied.
+
+    Returns:
+        what the last step returns; for each step its derivative, stacked or by block.
     """
-    derivative = BlockDerivative(
-        vit.blocks[index],
-        recording["resid_pre"][index],
-        recording["keys"][index],
-        recording["values"][index],
-        recording["bias"][index],
-        rows,
-        copies,
-    )
-    recorded = recording["resid_post"][index]
-    difference = (derivative.output - recorded).abs().max()
-    # Under autocast the recorded pass was rounded to the dtype of the values.
-    dtypes = (recorded.dtype, recording["values"][index][0].dtype)
-    rounding = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
-    if difference > 8 * rounding * (1 + recorded.abs().max()):
-        raise UnsupportedModelError(
-            f"block {index} of {type(vit.model).__qualname__} gives another output when it is run "
-            "on the rows of the readout alone, so no derivative can be followed along them."
-        )
-    return derivative
+    found: list[Any] = []
+    for column in zip(*paths, strict=True):
+        read = [step.read() for step in column]
+        whole = None if isinstance(read[0], Linear) else stacked([(step,) for step in read])
+        if whole is not None:
+            derivative: Any = whole[0].at(x)
+            if isinstance(derivative, NormJacobian):
+                derivative = derivative.factors()
+            x = whole[0](x)
+        else:
+            derivative = [step.at(x[i]) for i, step in enumerate(read)]
+            x = torch.stack([step(x[i]) for i, step in enumerate(read)])
+        found.append(derivative)
+    return x, found
+
+
+def _back(chain: Sequence[Any], l: int, cotangent: Tensor, onto: Tensor | None = None) -> Tensor:
+    """A cotangent carried back through one block's steps, added to another."""
+    c = cotangent
+    for i, derivative in reversed(list(enumerate(chain))):
+        first = i == 0
+        if isinstance(derivative, tuple):
+            scale, into, back = (part[l] for part in derivative)
+            along = c @ into
+            moved = c * scale if not first or onto is None else torch.addcmul(onto, c, scale)
+            c = moved - along @ back
+            if first and onto is not None:
+                return c
+        else:
+            c = derivative[l].vjp(c)
+    return c if onto is None else c + onto

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.attention import attention_weights
-from captum_classemb.functional.precision import wide
-from captum_classemb.readout import Gate, Norm, Scale, Step
+from captum_classemb.functional.precision import upcast
+from captum_classemb.readout import Gate, Linear, Norm, Scale, Step
 from captum_classemb.vit.parts import Attention, Call, split_heads
 
 __all__ = ["TimmAttention", "read_attention"]
@@ -42,6 +42,19 @@ class TimmAttention(Attention):
     def __init__(self, module: Any, outer: tuple[Step, ...] = ()) -> None:
         watch = [m for m in (module.qkv, _present(module, "norm")) if m is not None]
         super().__init__(module, module.num_heads, module.proj, outer, watch)
+        if module.qkv is not None:
+            self.projections = (Linear(module.qkv),)
+        self.query_steps, self.key_steps = (
+            () if norm is None else (Norm(norm, self.heads),)
+            for norm in (_present(module, "q_norm"), _present(module, "k_norm"))
+        )
+
+    def scale(self) -> float:
+        # The fused kernel takes the width of a head, whatever the module's attribute says.
+        module: Any = self.module
+        head = module.qkv if module.qkv is not None else module.q_proj
+        width = head.out_features // (3 if module.qkv is not None else 1) // self.heads
+        return float(width**-0.5) if module.fused_attn else float(module.scale)
 
     def split(self, call: Call, index: int) -> Tensor:
         """Queries (0), keys (1) or values (2) as the projection returns them: B×H×N×d."""
@@ -69,7 +82,7 @@ class TimmAttention(Attention):
     def mixed(self, call: Call, rows: slice) -> Tensor:
         # A norm is the first to read A·V: what it was called with need not be computed again.
         entered = call.entered.get(_present(self.module, "norm"))
-        return super().mixed(call, rows) if entered is None else wide(entered[:, rows])
+        return super().mixed(call, rows) if entered is None else upcast(entered[:, rows])
 
     def inner(self, call: Call, rows: slice) -> tuple[Step, ...]:
         steps: list[Step] = []
@@ -88,6 +101,11 @@ class RotaryAttention(TimmAttention):
         super().__init__(module, outer)
         if module.qkv is None:
             self.watch = (module.q_proj, module.k_proj, module.v_proj, *self.watch)
+            self.projections = tuple(map(Linear, self.watch[:3]))
+            shared = getattr(module, "num_kv_groups", 1)
+            self.key_steps = tuple(Norm(n.module, self.heads // shared) for n in self.key_steps)
+        elif getattr(module, "q_bias", None) is not None:
+            self.projections = (BiasedLinear(module),)
 
     def split(self, call: Call, index: int) -> Tensor:
         module: Any = self.module
@@ -120,6 +138,27 @@ class RotaryAttention(TimmAttention):
         return self._rotate(super().keys(call), call)
 
 
+class BiasedLinear(Linear):
+    """A projection whose module leaves its biases to the attention module.
+
+    Args:
+        attention: has ``qkv``, ``q_bias``, ``k_bias`` and ``v_bias``.
+    """
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__(attention.qkv)
+        self.attention = attention
+
+    def _parameters(self) -> tuple[Tensor, Tensor | None]:
+        if self._read is not None:
+            return self._read
+        module = self.attention
+        weight, own = super()._parameters()
+        bias = upcast(torch.cat([module.q_bias, module.k_bias, module.v_bias]).detach())
+        separate = module.qkv_bias_separate and own is not None
+        return weight, bias + own if separate else bias
+
+
 def _biased_projection(module: Any, tokens: Tensor, index: int) -> Tensor:
     """q, k or v where the module adds biases of its own to the weight of ``qkv``."""
     bias = (module.q_bias, module.k_bias, module.v_bias)[index]
@@ -128,6 +167,11 @@ def _biased_projection(module: Any, tokens: Tensor, index: int) -> Tensor:
 
 class BeitAttention(TimmAttention):
     """BEiT's attention: biases apart from the projection, relative positions."""
+
+    def __init__(self, module: Any, outer: tuple[Step, ...] = ()) -> None:
+        super().__init__(module, outer)
+        if module.q_bias is not None:
+            self.projections = (BiasedLinear(module),)
 
     def split(self, call: Call, index: int) -> Tensor:
         module: Any = self.module
@@ -167,6 +211,12 @@ class ClassAttention(Attention):
     def __init__(self, module: Any, outer: tuple[Step, ...] = ()) -> None:
         watch = (module.q, module.k, module.v)
         super().__init__(module, module.num_heads, module.proj, outer, watch)
+        self.projections = tuple(map(Linear, watch))
+
+    def scale(self) -> float:
+        module: Any = self.module
+        fused = (module.q.out_features // self.heads) ** -0.5
+        return float(fused) if module.fused_attn else float(module.scale)
 
     def values(self, call: Call) -> Tensor:
         return split_heads(call.inner[self.watch[2]], self.heads)
@@ -185,6 +235,10 @@ class DifferentialAttention(TimmAttention):
     def __init__(self, module: Any, outer: tuple[Step, ...] = ()) -> None:
         super().__init__(module, outer)
         self.watch = (*self.watch, module.sub_norm)
+
+    def scale(self) -> float:
+        module: Any = self.module
+        return float(module.head_dim**-0.5) if module.fused_attn else float(module.scale)
 
     def _signed(self, call: Call, index: int) -> Tensor:
         module: Any = self.module
@@ -212,7 +266,7 @@ class DifferentialAttention(TimmAttention):
     def mixed(self, call: Call, rows: slice) -> Tensor:
         module: Any = self.module
         entered = call.entered[module.sub_norm][:, :, rows]
-        return wide(entered).transpose(1, 2).flatten(2)
+        return upcast(entered).transpose(1, 2).flatten(2)
 
     def inner(self, call: Call, rows: slice) -> tuple[Step, ...]:
         module: Any = self.module
@@ -228,6 +282,10 @@ class ParallelAttention(TimmAttention):
         Attention.__init__(self, block, block.num_heads, proj, outer, (block.in_proj,))
         if block.out_proj is not None:
             self.proj.columns = slice(0, block.in_split[1])
+
+    def scale(self) -> float:
+        block: Any = self.module
+        return float(block.head_dim**-0.5) if block.fused_attn else float(block.scale)
 
     def split(self, call: Call, index: int) -> Tensor:
         block: Any = self.module

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import nn
 
 from captum_classemb.errors import UnsupportedModelError
-from captum_classemb.readout import LayerScale, Norm, Step
-from captum_classemb.vit.parts import MLP, Block
+from captum_classemb.readout import SideBySide, Activation, GatedActivation, LayerScale, Linear, Norm, Step
+from captum_classemb.vit.parts import MLP, Attention, Block
 from captum_classemb.vit.timm_attention import read_attention
 
 __all__ = ["read_block"]
@@ -33,13 +34,35 @@ def _branch(block: Any, number: str) -> tuple[Step, ...]:
     return _scaled(scale)
 
 
-def _mlp(module: Any, outer: tuple[Step, ...]) -> MLP:
+def _norms(module: Any) -> tuple[Step, ...]:
+    return () if module is None or isinstance(module, nn.Identity) else (Norm(module),)
+
+
+def _hidden(mlp: Any) -> tuple[Step, ...] | None:
+    """The steps to what enters ``fc2``, of timm's own MLPs."""
+    if type(mlp) is Mlp and isinstance(mlp.fc1, nn.Module):
+        return Linear(mlp.fc1), Activation(mlp.act), *_norms(mlp.norm)
+    if type(mlp) is GluMlp and mlp.chunk_dim == -1:
+        return Linear(mlp.fc1), GatedActivation(mlp.act, mlp.gate_last), *_norms(mlp.norm)
+    if type(mlp) is SwiGLU:
+        both = SideBySide((mlp.fc1_g, mlp.fc1_x))
+        return both, GatedActivation(mlp.act), *_norms(mlp.norm)
+    return None
+
+
+def _mlp(module: Any, outer: tuple[Step, ...], entry: tuple[Step, ...] = ()) -> MLP:
     if not isinstance(getattr(module, "fc2", None), nn.Module):
         raise UnsupportedModelError(
             f"an MLP of type {type(module).__qualname__} has no fc2 that writes to the "
             "residual stream."
         )
-    return MLP(module, module.fc2, outer)
+    return MLP(module, module.fc2, outer, entry=entry, hidden=_hidden(module))
+
+
+def _attention(module: Any, outer: tuple[Step, ...], entry: tuple[Step, ...] = ()) -> Attention:
+    attention = read_attention(module, outer)
+    attention.entry = entry
+    return attention
 
 
 def _parallel(block: Any) -> Block:
@@ -64,8 +87,8 @@ def read_block(block: Any) -> Block:
     if name == "ParallelThingsBlock":
         return Block(
             block,
-            tuple(read_attention(branch.attn, _scaled(branch.ls)) for branch in block.attns),
-            tuple(_mlp(branch.mlp, _scaled(branch.ls)) for branch in block.ffns),
+            tuple(_attention(a.attn, _scaled(a.ls), _norms(a.norm)) for a in block.attns),
+            tuple(_mlp(f.mlp, _scaled(f.ls), _norms(f.norm)) for f in block.ffns),
         )
     if name not in _PRE_NORM | _POST_NORM or not type(block).__module__.startswith("timm."):
         known = sorted(_PRE_NORM | _POST_NORM | _PARALLEL | {"ParallelThingsBlock"})
@@ -73,9 +96,11 @@ def read_block(block: Any) -> Block:
             f"blocks of type {type(block).__qualname__} are not supported: timm's "
             f"{', '.join(known)} are."
         )
+    before = name in _PRE_NORM
+    norms = [_norms(getattr(block, norm)) if before else () for norm in ("norm1", "norm2")]
     return Block(
         block,
-        (read_attention(block.attn, _branch(block, "1")),),
-        (_mlp(block.mlp, _branch(block, "2")),),
+        (_attention(block.attn, _branch(block, "1"), norms[0]),),
+        (_mlp(block.mlp, _branch(block, "2"), norms[1]),),
         stream=1 if name == "LayerScaleBlockClassAttn" else 0,
     )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_classemb.errors import UnsupportedModelError
-from captum_classemb.readout import ClassEmbedding, Linear, Norm, Part
+from captum_classemb.readout import Activation, ClassEmbedding, Linear, Norm, Part
 from captum_classemb.vit.adapt import register_adapter
 from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT, split_heads
 
@@ -24,6 +24,7 @@ class TorchAttention(Attention):
 
     def __init__(self, module: Any) -> None:
         super().__init__(module, module.num_heads, module.out_proj)
+        self.projections = (Linear(module, names=("in_proj_weight", "in_proj_bias")),)
 
     def _project(self, tokens: Tensor, index: int) -> Tensor:
         module: Any = self.module
@@ -62,13 +63,18 @@ def _readout(model: Any) -> ClassEmbedding:
     return ClassEmbedding([Part(Linear(head), slice(0, 1))], norm, None, head.out_features)
 
 
+def _block(layer: Any) -> Block:
+    attention = TorchAttention(layer.self_attention)
+    attention.entry = (Norm(layer.ln_1),)
+    hidden = (Linear(layer.mlp[0]), Activation(layer.mlp[1]))
+    mlp = MLP(layer.mlp, layer.mlp[3], entry=(Norm(layer.ln_2),), hidden=hidden)
+    return Block(layer, (attention,), (mlp,))
+
+
 @register_adapter("torchvision.models.vision_transformer.VisionTransformer")
 def adapt_torchvision(model: nn.Module) -> ViT:
     """Adapt torchvision's ``VisionTransformer``."""
     vit: Any = model
-    blocks = [
-        Block(layer, (TorchAttention(layer.self_attention),), (MLP(layer.mlp, layer.mlp[3]),))
-        for layer in vit.encoder.layers
-    ]
+    blocks = [_block(layer) for layer in vit.encoder.layers]
     size, patch = vit.image_size, vit.patch_size
     return ViT(model, blocks, _readout(vit), 1, (patch, patch), (size, size))

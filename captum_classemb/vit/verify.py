@@ -1,8 +1,9 @@
 """Check that an adapter's reading of a model reproduces what the model computes.
 
-Every closed form rests on three identities: attention's output is W_O of A·V with what lies
-between, a block adds its branches to the residual stream, and the readout of the last hidden
-state gives the logits. They are compared once for each state of the weights.
+Once for each structure and state of the weights, on all rows: attention's output is W_O of A·V with
+what lies between, a block adds its branches to the residual stream, the readout of the last hidden
+state gives the logits, and a patch's pixels reach that patch's token. The same identities are
+compared at every call at the rows that are read, by :mod:`~captum_classemb.vit.forward_pass`.
 """
 
 from __future__ import annotations
@@ -13,19 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from captum_classemb.errors import InputError, UnsupportedModelError
-from captum_classemb.functional.precision import exact, wide
-from captum_classemb.readout import Chain
+from captum_classemb.functional.precision import no_autocast, upcast
+from captum_classemb.readout import OutputPath
 from captum_classemb.vit.attention_edit import refuse_edits
-from captum_classemb.vit.parts import ViT
-from captum_classemb.vit.record import ALL, Recording, record
+from captum_classemb.vit.checks import TOLERANCE
+from captum_classemb.vit.hooks import before, hooks_removed
+from captum_classemb.vit.parts import Call, ViT
+from captum_classemb.vit.record import Recording, record
 
-__all__ = ["identities", "refuse_random_forward", "verify"]
+__all__ = ["call_tolerance", "identities", "refuse_random_forward", "verify"]
 
-#: Rounding that a reconstruction may show, relative to the largest entry, by dtype of the model.
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+#: Rounding that a reconstruction from a whole pass may show, relative to the largest entry.
+WHOLE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 #: The same for models with quantised layers, whose activations are rounded to eight bits.
-QUANTISED_TOLERANCE = 5e-2
+QUANTISED = 5e-2
 
 _RATES = ("p", "drop_prob", "prob", "dropout", "attention_dropout", "dropout_prob")
 
@@ -48,8 +51,22 @@ def refuse_random_forward(model: nn.Module) -> None:
             )
 
 
+def _tolerance(vit: ViT, pixels: Tensor, table: dict[torch.dtype, float]) -> float:
+    dtype = vit.dtype
+    if torch.is_autocast_enabled(pixels.device.type):
+        dtype = torch.get_autocast_dtype(pixels.device.type)
+    tolerance = table.get(dtype, table[torch.float32])
+    quantised = any("quantized" in type(module).__module__ for module in vit.model.modules())
+    return max(tolerance, QUANTISED) if quantised else tolerance
+
+
+def call_tolerance(vit: ViT, pixels: Tensor) -> float:
+    """What rounding a local identity may show in this call, relative to its largest entry."""
+    return _tolerance(vit, pixels, TOLERANCE)
+
+
 def verify(vit: ViT, pixels: Tensor, forward_args: tuple[Any, ...] = ()) -> None:
-    """Compare reconstruction and model on one image, unless this state of the weights passed.
+    """Compare reconstruction and model, unless this structure and these weights passed.
 
     Raises:
         UnsupportedModelError: if they differ by more than rounding.
@@ -58,16 +75,12 @@ def verify(vit: ViT, pixels: Tensor, forward_args: tuple[Any, ...] = ()) -> None
     """
     refuse_random_forward(vit.model)
     refuse_edits()
-    state = _state(vit)
-    if vit.verified_state == state:
+    state = (_state(vit), tuple(pixels.shape[1:]))
+    if state in vit.verified:
         return
-    tolerance = TOLERANCE.get(vit.dtype, 1e-3)
-    if torch.is_autocast_enabled(pixels.device.type):
-        tolerance = TOLERANCE[torch.bfloat16]
-    if any("quantized" in type(module).__module__ for module in vit.model.modules()):
-        tolerance = max(tolerance, QUANTISED_TOLERANCE)
+    tolerance = _tolerance(vit, pixels, WHOLE)
     # Further arguments may hold a row for each image of the batch.
-    some = pixels if any(isinstance(arg, Tensor) for arg in forward_args) else pixels[:1]
+    some = pixels if any(isinstance(arg, Tensor) for arg in forward_args) else pixels[:2]
     for name, error in identities(vit, some, forward_args).items():
         if not error <= tolerance:
             raise UnsupportedModelError(
@@ -75,64 +88,114 @@ def verify(vit: ViT, pixels: Tensor, forward_args: tuple[Any, ...] = ()) -> None
                 f"{name} differ from the reconstruction by {error:.1e} of the largest entry, so "
                 "no exact attribution is possible (was a forward method replaced?)."
             )
-    vit.verified_state = state
+    _compare_token_order(vit, pixels[:1], forward_args)
+    vit.verified.add(state)
 
 
 def _state(vit: ViT) -> int:
-    """A number that changes when a parameter's or buffer's storage or version does."""
-    tensors = [*vit.model.parameters(), *vit.model.buffers()]
-    return hash(
-        tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in tensors)
-    )
+    """A number that changes with parameters, modules, their hooks and replaced methods."""
+    parts: list[Any] = []
+    for module in vit.model.modules():
+        parts.append((id(module), module.training))
+        for tensors in (module._parameters, module._buffers):
+            for t in tensors.values():
+                if t is not None:
+                    version = 0 if t.is_inference() else t._version
+                    parts.append((id(t), t.data_ptr(), version, t.dtype))
+        hooks = (module._forward_hooks, module._forward_pre_hooks)
+        if any(hooks) or "forward" in module.__dict__:
+            parts.append((tuple(tuple(map(id, h.values())) for h in hooks), id(module.forward)))
+    return hash(tuple(parts))
+
+
+class _Reached(Exception):
+    """The tokens of the first block are there: the rest of the pass is not needed."""
+
+
+def _embedding(vit: ViT, pixels: Tensor, forward_args: tuple[Any, ...]) -> Tensor:
+    found: list[Tensor] = []
+
+    def stop(args: tuple[Any, ...], kwargs: Any) -> None:
+        found.append(Call(args, kwargs).argument(vit.blocks[0].stream).clone())
+        raise _Reached
+
+    with hooks_removed([before(vit.blocks[0].module, stop)]), torch.no_grad():
+        try:
+            vit(pixels, *forward_args)
+        except _Reached:
+            pass
+    return found[0]
+
+
+def _compare_token_order(vit: ViT, pixels: Tensor, forward_args: tuple[Any, ...]) -> None:
+    """The pixels of a patch reach the token of that patch more than any other."""
+    if any(isinstance(arg, Tensor) for arg in forward_args) or vit.blocks[0].stream:
+        return
+    h, w = vit.grid((pixels.shape[2], pixels.shape[3]))
+    places = sorted({0, w - 1, (h - 1) * w, h * w - 1, (h // 2) * w + w // 2, h * w // 3})
+    mask = vit.feature_mask((pixels.shape[2], pixels.shape[3])).to(pixels.device)
+    changed = [torch.where(mask == place, pixels.flip(-1) + 1.0, pixels) for place in places]
+    for place, other in zip(places, changed, strict=True):
+        both = upcast(_embedding(vit, torch.cat([pixels, other]), forward_args))
+        patches = both[:, vit.prefix_tokens :]
+        if patches.shape[1] != h * w:
+            raise UnsupportedModelError(
+                f"{type(vit.model).__qualname__} makes {patches.shape[1]} patch tokens of an "
+                f"image of {pixels.shape[2]}×{pixels.shape[3]} pixels where {h}×{w} are expected."
+            )
+        moved = (patches[1] - patches[0]).square().sum(-1)
+        if not moved[place] >= moved.max() or not moved[place] > 0:
+            raise UnsupportedModelError(
+                f"the pixels of patch {place} (row {place // w}, column {place % w}) do not reach "
+                f"that patch's token of {type(vit.model).__qualname__}: pixels or tokens are moved "
+                "before the blocks, so no map of pixels is possible; explain the model behind "
+                "what moves them."
+            )
 
 
 def identities(vit: ViT, pixels: Tensor, forward_args: tuple[Any, ...] = ()) -> dict[str, float]:
-    """How far each identity is from holding, relative to the largest entry compared.
+    """How far each identity is from holding on all rows, relative to the largest entry compared.
 
     Returns:
         ``"attention outputs"``, ``"MLP outputs"``, ``"block outputs"`` and, for a model with a
         classifier, ``"logits"``.
     """
-    reads = vit.readout.reads if vit.has_readout else ALL
-    sites = dict.fromkeys(
-        ("attention", "attn_tail", "mlp_tail", "mlp_coefficients", "resid_pre", "resid_post"),
-        reads,
-    )
-    recording = record(vit, pixels, sites | {"values": ALL}, forward_args=forward_args)
-    with exact(pixels.device):
-        errors = {"attention outputs": 0.0, "MLP outputs": 0.0, "block outputs": 0.0}
+    sites = ("attention", "attn_path", "mlp_path", "mlp_coefficients", "resid_pre", "resid_post")
+    recording = record(vit, pixels, [*sites, "values"], forward_args=forward_args)
+    errors: dict[str, list[float]] = {}
+    with no_autocast(pixels.device):
         for block in range(len(vit.blocks)):
-            for name, error in _block_errors(recording, block).items():
-                errors[name] = max(errors[name], error)
+            _block_errors(recording, block, errors)
         if vit.has_readout:
-            logits = vit.readout(recording["resid_post"][-1])
-            errors["logits"] = _error(logits, recording.logits)
-    return errors
+            final = recording["resid_post"][-1][:, vit.readout.reads]
+            errors["logits"] = [_error(vit.readout(final), recording.logits)]
+    # A NaN is greater than any tolerance, and not hidden by the others.
+    return {name: float(torch.tensor(values).max()) for name, values in errors.items()}
 
 
-def _block_errors(recording: Recording, block: int) -> dict[str, float]:
-    errors = {"attention outputs": 0.0, "MLP outputs": 0.0}
-    total = wide(recording["resid_pre"][block])
+def _block_errors(recording: Recording, block: int, errors: dict[str, list[float]]) -> None:
+    total = upcast(recording["resid_pre"][block])
     attention = zip(
-        recording["attn_tail"][block],
+        recording["attn_path"][block],
         recording["attention"][block],
         recording["values"][block],
         strict=True,
     )
-    for tail, weights, values in attention:
-        mixed = (weights @ wide(values)).transpose(1, 2).flatten(2)
-        errors["attention outputs"] = _error(Chain.of(tail.steps, mixed).output, tail.output)
-        total = total + wide(tail.output)
-    mlp = zip(recording["mlp_tail"][block], recording["mlp_coefficients"][block], strict=True)
-    for tail, coefficients in mlp:
-        rebuilt = Chain.of(tail.steps, wide(coefficients)).output
-        errors["MLP outputs"] = max(errors["MLP outputs"], _error(rebuilt, tail.output))
-        total = total + wide(tail.output)
-    errors["block outputs"] = _error(total, recording["resid_post"][block])
-    return errors
+    for path, weights, values in attention:
+        mixed = (weights @ upcast(values)).transpose(1, 2).flatten(2)
+        rebuilt = OutputPath.of(path.steps, mixed).output
+        errors.setdefault("attention outputs", []).append(_error(rebuilt, path.output))
+        total = total + upcast(path.output)
+    mlp = zip(recording["mlp_path"][block], recording["mlp_coefficients"][block], strict=True)
+    for path, coefficients in mlp:
+        rebuilt = OutputPath.of(path.steps, upcast(coefficients)).output
+        errors.setdefault("MLP outputs", []).append(_error(rebuilt, path.output))
+        total = total + upcast(path.output)
+    post = _error(total, recording["resid_post"][block])
+    errors.setdefault("block outputs", []).append(post)
 
 
 def _error(rebuilt: Tensor, real: Tensor) -> float:
-    real = wide(real)
+    real = upcast(real)
     scale = real.abs().max().clamp_min(torch.finfo(real.dtype).tiny)
-    return float((wide(rebuilt) - real).abs().max() / scale)
+    return float((upcast(rebuilt) - real).abs().max() / scale)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from captum_classemb.attr._base import PatchAttribution
-from captum_classemb.attr._inputs import images
+from captum_classemb.attr._inputs import forward_args, images
 from captum_classemb.errors import UnsupportedModelError
 
 __all__ = ["Baseline", "pooled_rows"]
@@ -22,9 +22,6 @@ class Baseline(PatchAttribution):
     Args:
         model (nn.Module): a supported Vision Transformer.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
 
     def _patch_scores(self, pixels: Tensor, target: Any, args: tuple[Any, ...]) -> Tensor:
         # Derivatives are taken by autograd, which inference mode and its tensors do not allow.
@@ -38,20 +35,26 @@ class Baseline(PatchAttribution):
         """Scores of all tokens, prefix tokens included: B×N."""
 
     def attribute_classes(
-        self, inputs: Tensor | tuple[Tensor, ...], classes: Sequence[int] | None = None
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        classes: Sequence[int] | None = None,
+        additional_forward_args: Any = None,
     ) -> Tensor:
         """The map of every class, one after another: the method has no faster way.
 
         Args:
             inputs (Tensor or tuple[Tensor]): images, B×3×H×W.
             classes (Sequence[int], optional): the K classes wanted; all C if None. Default: None
+            additional_forward_args (Any, optional): further arguments of the model's forward.
+                Default: None
 
         Returns:
             Tensor: B×K×h×w.
         """
-        pixels = images(self.vit, inputs)
+        args = forward_args(additional_forward_args)
+        pixels = images(self.vit, inputs, args)
         wanted = range(self.readout.num_classes) if classes is None else classes
-        maps = [self._patch_scores(pixels, int(c), ())[:, 0] for c in wanted]
+        maps = [self._patch_scores(pixels, int(c), args)[:, 0] for c in wanted]
         return torch.stack(maps, 1)
 
 

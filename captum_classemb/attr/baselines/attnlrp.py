@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from captum_classemb.attr.baselines._base import Baseline
 from captum_classemb.errors import UnsupportedModelError
-from captum_classemb.functional.precision import wide
+from captum_classemb.functional.precision import upcast
 from captum_classemb.vit import ALL, ViT
 from captum_classemb.vit.backward import AttentionTape, watched
 from captum_classemb.vit.hooks import after, hooks_removed
@@ -73,7 +73,7 @@ class AttnLRP(Baseline):
             score = self.vit(pixels, *args).gather(1, target[:, None]).sum()
             assert tape.entering is not None
             (gradient,) = torch.autograd.grad(score, tape.entering)
-        return wide(gradient * tape.entering.detach()).sum(-1)
+        return upcast(gradient * tape.entering.detach()).sum(-1)
 
 
 @contextmanager
@@ -100,7 +100,7 @@ def _frozen(vit: ViT, tape: AttentionTape) -> Iterator[None]:
     for index, attention in enumerate(tape.attentions):
 
         def hold_weights(args: Any, kwargs: Any, output: Any, index: int = index) -> Any:
-            mixed = tape.weights(index) @ wide(tape.attentions[index].values(tape.calls[index]))
+            mixed = tape.weights(index) @ upcast(tape.attentions[index].values(tape.calls[index]))
             x = mixed.transpose(1, 2).flatten(2)
             for step in tape.attentions[index].inner(tape.calls[index], ALL):
                 x = step(x)

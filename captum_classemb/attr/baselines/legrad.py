@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from captum_classemb.attr.baselines._base import Baseline
-from captum_classemb.functional.precision import wide
+from captum_classemb.functional.precision import upcast
 from captum_classemb.vit.backward import watched
 
 __all__ = ["LeGrad"]
@@ -41,7 +41,7 @@ class LeGrad(Baseline):
             self.vit(pixels, *args)
             for block, tokens in enumerate(tape.resid_post):
                 readout = self.readout.at(block, "resid_post")
-                mean = wide(tokens).mean(1, keepdim=True).expand_as(tokens[:, readout.reads])
+                mean = upcast(tokens).mean(1, keepdim=True).expand_as(tokens[:, readout.reads])
                 score = readout(mean).gather(1, target[:, None]).sum()
                 (of_output,) = torch.autograd.grad(score, tape.output(block), retain_graph=True)
                 positive = tape.gradient(block, of_output).relu().mean((1, 2))

@@ -45,8 +45,7 @@ class LinearProbeImportance(Baseline):
     """
 
     def __init__(self, model: nn.Module, probe: LinearProbe) -> None:
-        super().__init__(model)
-        self.readout = probe
+        super().__init__(model, probe)
         self.blocks = [block for block, site in probe.places if site == "resid_post"]
         if not self.blocks:
             raise InputError(

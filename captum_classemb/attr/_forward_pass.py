@@ -1,0 +1,283 @@
+"""What the methods share that contract one recorded forward pass."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from captum.log import log_usage
+from torch import Tensor, nn
+
+from captum_classemb.attr._base import PatchAttribution, choose
+from captum_classemb.attr._inputs import TensorOrTuple, forward_args, images, like_inputs, targets
+from captum_classemb.errors import InputError, TargetError, UnsupportedModelError
+from captum_classemb.functional.objectives import logit_gradient, runner_up
+from captum_classemb.functional.precision import no_autocast
+from captum_classemb.readout import Readout
+from captum_classemb.vit import ViT
+from captum_classemb.vit.forward_pass import ForwardPass, forward_pass
+from captum_classemb.vit.verify import call_tolerance
+
+__all__ = ["Classes", "ForwardPassAttribution", "Needs"]
+
+
+class Needs(NamedTuple):
+    """What a method reads of a forward pass: see :func:`~captum_classemb.vit.forward_pass`."""
+
+    rows: slice
+    blocks: tuple[int, ...]
+    attention: bool = False
+    keys: bool = False
+    sites: Mapping[str, slice] | None = None
+
+
+class Classes(NamedTuple):
+    """The classes explained and those they are set against: B×K both, the second or None."""
+
+    index: Tensor
+    contrast: Tensor | None = None
+
+
+class ForwardPassAttribution(PatchAttribution):
+    """Maps of any classes as one expression in what a forward pass leaves.
+
+    A subclass writes :meth:`_entries`: for K classes at once, by block, head and token.
+    :meth:`attribute` and :meth:`attribute_patches` are the case K = 1 of :meth:`attribute_classes`.
+
+    Args:
+        model: a supported Vision Transformer.
+        readout: what maps features to logits; the model's own class embedding by default.
+        blocks: the blocks used; all by default.
+        heads: the heads used; all by default.
+    """
+
+    #: Classes whose entries by block and head are formed at once.
+    _AT_ONCE = 16
+
+    def __init__(
+        self,
+        model: nn.Module,
+        readout: Readout | None = None,
+        blocks: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(model, readout)
+        self.blocks = choose(blocks, len(self.vit.blocks), "block")
+        self._every_head = heads is None
+        self.heads = choose(heads, max(head_counts(self.vit)), "head")
+        if heads is not None:
+            head_count(self.vit)
+
+    # -- What a method says of itself
+
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What is read of the forward pass."""
+
+    @abstractmethod
+    def _entries(self, done: ForwardPass, classes: Classes) -> list[Tensor]:
+        """For each stage of blocks the entries of every head and patch: L×B×H×K×(N − P)."""
+
+    # -- Captum's interface
+
+    @log_usage(part_of_slo=True)  # type: ignore[untyped-decorator]
+    def attribute(
+        self,
+        inputs: TensorOrTuple,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        *,
+        contrast: Any = None,
+    ) -> TensorOrTuple:
+        """Scores of pixels; see :meth:`PatchAttribution.attribute`.
+
+        Args:
+            inputs (Tensor or tuple[Tensor]): images, B×3×H×W.
+            target (int, tuple, Tensor or list): the class explained. Default: None
+            additional_forward_args (Any, optional): further arguments of the model's forward.
+                Default: None
+            contrast (int, Tensor, list or "runner-up", optional): explain why the target and not
+                this class: the target's logit minus the other's. ``"runner-up"`` is the highest
+                other logit. Default: None
+
+        Raises:
+            InputError: if the inputs are wrong, or the contrast is the target itself.
+            TargetError: if the target is missing, out of range, or of the wrong length or type.
+        """
+        args = forward_args(additional_forward_args)
+        pixels = images(self.vit, inputs, args)
+        maps = self._one_class(pixels, target, args, contrast, summed=True)
+        return like_inputs(inputs, self._to_pixels(maps[:, None], pixels))
+
+    def attribute_patches(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Any = None,
+        additional_forward_args: Any = None,
+        *,
+        contrast: Any = None,
+    ) -> Tensor:
+        """Scores of patches, nothing summed: B×L'×H'×h×w for the chosen blocks and heads.
+
+        Prefix tokens are left out. Arguments and errors as for :meth:`attribute`.
+        """
+        args = forward_args(additional_forward_args)
+        pixels = images(self.vit, inputs, args)
+        return self._one_class(pixels, target, args, contrast, summed=False)
+
+    def attribute_classes(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        classes: Sequence[int] | None = None,
+        additional_forward_args: Any = None,
+    ) -> Tensor:
+        args = forward_args(additional_forward_args)
+        pixels = images(self.vit, inputs, args)
+        index = self._classes(classes, pixels)
+        done = self.forward_pass(pixels, args)
+        maps = self.class_maps(done, index)
+        done.checks.finish()
+        return self._on_grid(maps, pixels)
+
+    # -- From one forward pass, which several methods may share
+
+    def forward_pass(self, pixels: Tensor, args: tuple[Any, ...] = ()) -> ForwardPass:
+        """Run the model and keep what this method reads."""
+        return run(self, self.needs(), pixels, args)
+
+    def class_maps(self, done: ForwardPass, index: Tensor) -> Tensor:
+        """The maps of the classes ``index`` (K): B×K×(N − P)."""
+        with torch.inference_mode(False), no_autocast(done.logits.device):
+            batch = len(done.logits)
+            some = index.split(self._AT_ONCE)
+            return torch.cat([self._summed(done, Classes(c.expand(batch, -1))) for c in some], 1)
+
+    def _summed(self, done: ForwardPass, classes: Classes) -> Tensor:
+        """B×K×(N − P): entries over blocks and the chosen heads."""
+        total = None
+        for entries in self._entries(done, classes):
+            part = self._of_heads(entries).sum((0, 2))
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def _patches(self, tokens: Tensor) -> Tensor:
+        """…×N without prefix tokens."""
+        return tokens[..., self.vit.prefix_tokens :]
+
+    def _of_heads(self, entries: Tensor) -> Tensor:
+        """The chosen heads of L×B×H×K×N, in the order they are named."""
+        every = self._every_head or self.heads == list(range(entries.shape[2]))
+        return entries if every else entries[:, :, self.heads]
+
+    def _one_class(
+        self, pixels: Tensor, target: Any, args: tuple[Any, ...], contrast: Any, summed: bool
+    ) -> Tensor:
+        index = self._targets(target, pixels)
+        done = self.forward_pass(pixels, args)
+        maps = self.one_class(done, index, contrast, summed)
+        done.checks.finish()
+        return self._on_grid(maps, pixels)
+
+    def one_class(
+        self, done: ForwardPass, index: Tensor, contrast: Any = None, summed: bool = True
+    ) -> Tensor:
+        """The maps of one class an image (B): B×(N − P), or B×L'×H'×(N − P)."""
+        with torch.inference_mode(False), no_autocast(done.logits.device):
+            classes = self.against(done, index, contrast)
+            if summed:
+                return self._summed(done, classes)[:, 0]
+            if len(set(head_counts(self.vit))) > 1:
+                head_count(self.vit)
+            stages = self._entries(done, classes)
+            by_block = stages[0] if len(stages) == 1 else torch.cat(stages)
+            order = [sorted(self.blocks).index(block) for block in self.blocks]
+            by_block = by_block if order == sorted(order) else by_block[order]
+            return self._of_heads(by_block)[..., 0, :].transpose(0, 1)
+
+    def against(self, done: ForwardPass, index: Tensor, contrast: Any) -> Classes:
+        """The target of each image with the class it is set against: B×1 both.
+
+        Raises:
+            InputError: if there is no other class, or it is the target itself.
+        """
+        if contrast is None:
+            return Classes(index[:, None])
+        if self.readout.num_classes < 2:
+            raise InputError("contrast needs another class: the model has one.")
+        if isinstance(contrast, str):
+            if contrast != "runner-up":
+                raise InputError(f"contrast {contrast!r} is no class index and not 'runner-up'.")
+            return Classes(index[:, None], runner_up(self.model_logits(done), index[:, None]))
+        try:
+            other = targets(contrast, len(index), self.readout.num_classes, index.device)
+        except TargetError as error:
+            raise InputError(f"contrast: {error}") from None
+        same = InputError("the contrast is the target itself: name another class.")
+        if index.device.type == "cpu" and bool((other == index).any()):
+            raise same
+        done.checks.require((other != index).all(), lambda: same)
+        return Classes(index[:, None], other[:, None])
+
+    def model_logits(self, done: ForwardPass) -> Tensor:
+        """B×C: the model's own where its own readout is used."""
+        own = self.vit.has_readout and self.readout is self.vit.readout
+        return done.logits if own else self.last_readout(done.final)
+
+    @property
+    def last_readout(self) -> Readout:
+        """The readout of the last hidden states."""
+        return self.readout.at(len(self.vit.blocks) - 1, "resid_post")
+
+    def weights(self, logits: Tensor, classes: Classes, objective: Any) -> Tensor:
+        """∂score/∂logits: …×B×K×C."""
+        return logit_gradient(logits, classes.index, objective, classes.contrast)
+
+    # Everything goes by :meth:`_entries`.
+    def _patch_scores(self, pixels: Tensor, target: Any, args: tuple[Any, ...]) -> Tensor:
+        return self._one_class(pixels, target, args, None, summed=False)
+
+
+def run(
+    method: ForwardPassAttribution, needs: Needs, pixels: Tensor, args: tuple[Any, ...]
+) -> ForwardPass:
+    """One forward pass of a method's model, with the logits compared where it has a classifier."""
+    vit = method.vit
+    with torch.inference_mode(False):
+        pixels = pixels.clone() if pixels.is_inference() else pixels
+        done = forward_pass(
+            vit,
+            pixels,
+            needs.rows,
+            blocks=needs.blocks,
+            attention=needs.attention,
+            keys=needs.keys,
+            sites=needs.sites,
+            forward_args=args,
+            tolerance=call_tolerance(vit, pixels),
+        )
+        if vit.has_readout and vit.readout.reads == needs.rows:
+            with no_autocast(pixels.device):
+                done.checks.equal("logits", (), vit.readout(done.final), done.logits)
+    return done
+
+
+def head_counts(vit: ViT) -> list[int]:
+    """H of each block, parallel modules counted together."""
+    return [sum(a.heads for a in block.attentions) for block in vit.blocks]
+
+
+def head_count(vit: ViT) -> int:
+    """H of every block.
+
+    Raises:
+        UnsupportedModelError: if blocks differ.
+    """
+    counts = set(head_counts(vit))
+    if len(counts) != 1:
+        raise UnsupportedModelError(
+            f"blocks have different numbers of heads ({sorted(counts)}): maps by head need one."
+        )
+    return counts.pop()

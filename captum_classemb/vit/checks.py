@@ -1,0 +1,100 @@
+"""Identities that hold if a model is read rightly, compared once at the end of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from captum_classemb.errors import ClassEmbError, NonFiniteError, UnsupportedModelError
+
+__all__ = ["TOLERANCE", "Checks"]
+
+#: Rounding that a local identity may show, relative to its largest entry, by the dtype it ran in.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True)
+class _Identity:
+    what: str
+    blocks: tuple[int, ...]
+    difference: Tensor
+    size: Tensor
+
+
+class Checks:
+    """Gathers comparisons on the device; :meth:`finish` waits for it once.
+
+    Args:
+        model: the name of the model's class, for messages.
+        tolerance: of each identity, relative to its largest entry.
+    """
+
+    def __init__(self, model: str, tolerance: float) -> None:
+        self.model = model
+        self.tolerance = tolerance
+        self._identities: list[_Identity] = []
+        self._conditions: list[tuple[Tensor, Callable[[], ClassEmbError]]] = []
+
+    def equal(self, what: str, blocks: Sequence[int], rebuilt: Tensor, real: Tensor) -> None:
+        """Two values of each block and image are to agree: L×B×…, or B×… for no block."""
+        lead = 2 if blocks else 1
+        difference = (rebuilt - real).flatten(lead)
+        norm = torch.linalg.vector_norm
+        self._identities.append(
+            _Identity(
+                what,
+                tuple(blocks),
+                norm(difference, float("inf"), -1),
+                norm(real.flatten(lead), float("inf"), -1),
+            )
+        )
+
+    def require(self, holds: Tensor, error: Callable[[], ClassEmbError]) -> None:
+        """A condition on the device, and the error if it fails."""
+        self._conditions.append((holds, error))
+
+    def finish(self) -> None:
+        """Compare.
+
+        Raises:
+            UnsupportedModelError: if an identity does not hold, for the first that fails.
+            NonFiniteError: if an image's values are not finite.
+            ClassEmbError: the error of a condition.
+        """
+        for holds, error in self._conditions:
+            if not bool(holds):
+                raise error()
+        if not self._identities:
+            return
+        sizes = [identity.difference.numel() for identity in self._identities]
+        numbers = [part.reshape(-1) for i in self._identities for part in (i.difference, i.size)]
+        both = torch.cat([n.to(numbers[0]) for n in numbers]).tolist()
+        start = 0
+        for identity, count in zip(self._identities, sizes, strict=True):
+            difference, size = both[start : start + count], both[start + count : start + 2 * count]
+            start += 2 * count
+            self._compare(identity, difference, size)
+
+    def _compare(
+        self, identity: _Identity, difference: Sequence[float], size: Sequence[float]
+    ) -> None:
+        batch = identity.difference.shape[-1]
+        for k, (d, s) in enumerate(zip(difference, size, strict=True)):
+            if d <= self.tolerance * s or d == 0.0:
+                continue
+            block, image = divmod(k, batch)
+            where = f" of block {identity.blocks[block]}" if identity.blocks else ""
+            if not d < float("inf"):
+                raise NonFiniteError(
+                    f"{identity.what}{where} of {self.model} hold NaN or infinity for image "
+                    f"{image}: finite values are needed (does the dtype overflow?)."
+                )
+            raise UnsupportedModelError(
+                f"{self.model} does not compute what its structure says: {identity.what}{where} "
+                f"differ from the reconstruction by {d / max(s, 1e-300):.1e} of the largest entry "
+                f"for image {image}, so no exact attribution is possible (is there a hook, a "
+                "replaced forward, or a module that the adapter does not know?)."
+            )
