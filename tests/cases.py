@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 import torch
-from families import build, images
+from families import NOT_FOLLOWED, WITHOUT_LEDGER, build, images
 from oracle import Oracle
 from torch import Tensor, nn
 
@@ -26,6 +26,16 @@ class Case:
     def target(self) -> Tensor:
         """A class for each image."""
         return torch.arange(len(self.images)) * 3 + 1
+
+    @property
+    def affine(self) -> bool:
+        """Whether the readout is an affine map once its norms are held."""
+        return self.name not in WITHOUT_LEDGER
+
+    @property
+    def followed(self) -> bool:
+        """Whether a score can be followed back along the rows that are read out."""
+        return self.name not in NOT_FOLLOWED
 
     @cached_property
     def vit(self) -> ViT:

@@ -239,6 +239,18 @@ PARALLEL = {name for name in FAMILIES if "parallel" in name and "modules" not in
 #: Models whose tokens before the class-attention blocks are not those of a block of theirs.
 CLASS_ATTENTION = {"cait"}
 
+#: Models whose score is not followed back along the rows that are read out: patches are read, or
+#: attention adds positions, is a difference, or is no module of its own.
+NOT_FOLLOWED = {
+    *WITHOUT_DIRECTIONS,
+    *PARALLEL,
+    *(name for name in FAMILIES if name.startswith(("mean", "differential"))),
+    *("parallel modules, mean", "beit", "naflex"),
+    *("relative positions", "relative positions, post-norm", "relative positions, shared"),
+    *("eva", "eva, rotary and gated MLP", "eva, rotary attention", "eva, shared keys and values"),
+    "eva, post-norm",
+}
+
 #: Image sizes, channels first, where they are not 3×32×32.
 SIZES = {
     "dynamic size": (3, 24, 40),

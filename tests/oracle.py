@@ -70,7 +70,7 @@ class Oracle:
             module.register_forward_hook(_keep(seen), with_kwargs=True)
             for module in self.model.modules()
         ]
-        with torch.no_grad(), _eager_attention() as calls:
+        with torch.no_grad(), eager_attention() as calls:
             logits = logits_of(self.model(*self.inputs))
         for handle in handles:
             handle.remove()
@@ -113,7 +113,7 @@ class Oracle:
         trace.values.append(torch.cat(values, 1))
         trace.gates.append(gates)
         mixed = leaf @ trace.values[-1]
-        m = self._attention_coefficients(layer, mixed, gates)
+        m = self.attention_coefficients(layer, mixed, gates)
         raw = [part.write(x) for part, x in zip(layer.attentions, m, strict=True)]
         outer = [part.outer(x) for part, x in zip(layer.attentions, raw, strict=True)]
         parts = zip(layer.attentions, raw, outer, strict=True)
@@ -126,9 +126,10 @@ class Oracle:
         trace.mlp_branch.append(self._mlp_branch(layer, trace.coefficients[-1]).detach())
 
     @staticmethod
-    def _attention_coefficients(
+    def attention_coefficients(
         layer: Layer, mixed: Tensor, gates: list[Tensor | None]
     ) -> list[Tensor]:
+        """What enters W_O of each attention module, from A·V of all heads."""
         parts = layer.attentions
         heads = mixed.chunk(len(parts), 1)
         return [p.coefficients(x, g) for p, x, g in zip(parts, heads, gates, strict=True)]
@@ -186,18 +187,19 @@ class Oracle:
         tokens = torch.zeros_like(self.trace.resid_pre[0]) if embedding is None else embedding
         cases = len(given[0]) // len(tokens) if given else 1
         tokens = tokens.repeat(cases, 1, 1)
-        with torch.no_grad(), self._held():
+        with torch.no_grad(), self.held():
             for b, layer in enumerate(self.anatomy.layers):
                 none = torch.zeros_like(self.mixed(b)).repeat(cases, 1, 1, 1)
                 gates = [None if g is None else g.repeat(cases, 1, 1) for g in self.trace.gates[b]]
-                m = self._attention_coefficients(layer, mixed.get(b, none), gates)
+                m = self.attention_coefficients(layer, mixed.get(b, none), gates)
                 parts = zip(layer.attentions, m, strict=True)
                 tokens = tokens + sum(part.outer(part.write(x)) for part, x in parts)
                 none = torch.zeros_like(self.trace.coefficients[b]).repeat(cases, 1, 1)
                 tokens = tokens + self._mlp_branch(layer, coefficients.get(b, none))
-            return self._read_held(self.in_place(self.anatomy.layers[0], tokens))
+            return self.read_held(self.in_place(self.anatomy.layers[0], tokens))
 
-    def _read_held(self, tokens: Tensor) -> Tensor:
+    def read_held(self, tokens: Tensor) -> Tensor:
+        """Logits of final tokens with the attention of a pool at its values, without its MLP."""
         pool, weights = self.anatomy.pool, self.trace.pool_attention
         if pool is None or weights is None:
             return self.anatomy.read(tokens)
@@ -260,7 +262,7 @@ class Oracle:
         return self.assemble(embedding=self.trace.resid_pre[0]) - self.bias()
 
     @contextmanager
-    def _held(self) -> Iterator[None]:
+    def held(self) -> Iterator[None]:
         """Every norm on the way answers with the σ it had in the forward pass."""
         norms = [*self.anatomy.norms]
         for layer in self.anatomy.layers:
@@ -319,7 +321,7 @@ def _from_module(block: Any, seen: dict[Any, Any]) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _eager_attention() -> Iterator[list[tuple[Tensor, Tensor]]]:
+def eager_attention() -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Fused attention is replaced by one that shows its weights, and values, to autograd."""
     calls: list[tuple[Tensor, Tensor]] = []
 

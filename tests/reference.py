@@ -1,0 +1,165 @@
+"""The map of each method from its formula alone: explicit attention, autograd, float64.
+
+Nothing here uses the package. Each function returns the maps of patches with blocks and heads
+apart, B×L×H×P, for one target an image. ``other`` is the class that the target is set against.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from cases import Case
+from oracle import eager_attention, logits_of
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def score(z: Tensor, target: Tensor, objective: str, other: Tensor | None = None) -> Tensor:
+    """What is explained, from logits B×C: B."""
+    own = z.gather(1, target[:, None])[:, 0]
+    if other is not None:  # log p_c - log p_other is the same
+        return own - z.gather(1, other[:, None])[:, 0]
+    if objective == "logit":
+        return own
+    if objective == "paper" and z.shape[1] > 1:
+        return z.softmax(-1).log_softmax(-1).gather(1, target[:, None])[:, 0]
+    if z.shape[1] > 1:  # log p_c = log sigma(z_c - log sum of the others), at any confidence
+        own = own - z.scatter(1, target[:, None], -torch.inf).logsumexp(1)
+    return F.logsigmoid(own)
+
+
+def runner_up(z: Tensor, target: Tensor) -> Tensor:
+    """The class with the highest other logit: B."""
+    return z.scatter(1, target[:, None], -torch.inf).argmax(1)
+
+
+def projection(known: Case, target: Tensor, objective: str, tokens: Tensor) -> Tensor:
+    """Each token read by the last norm and the classifier as if it were the only one: B×P."""
+    batch, count, width = tokens.shape
+    # A sequence of one and the same token is pooled to that token, whatever the pooling.
+    alone = tokens.reshape(-1, 1, width).expand(-1, count, -1)
+    z = known.oracle.anatomy.read(alone).detach()
+    scores = {
+        "logit": z,
+        "log_probability": z.log_softmax(-1),
+        "probability": z.softmax(-1),
+        "identifiability": 1 - ((z[:, None] >= z[..., None]).sum(-1) - 1).double() / z.shape[1],
+    }[objective]
+    picked = scores.gather(1, target.repeat_interleave(count)[:, None])
+    return picked.view(batch, count)[:, known.oracle.anatomy.prefix :]
+
+
+def gradient(known: Case, target: Tensor, objective: str, other: Tensor | None = None) -> Tensor:
+    """∂score/∂A_b[k, q, j] summed over q, attention's output in the place of the final tokens."""
+    oracle, maps = known.oracle, []
+    for b, layer in enumerate(oracle.anatomy.layers):
+        # The published code reads a branch before LayerScale, but after a post-norm.
+        tokens = oracle.trace.raw[b] if objective == "paper" else oracle.trace.branch[b]
+        z = oracle.anatomy.read(oracle.in_place(layer, tokens))
+        attention = oracle.trace.attention[b]
+        (slope,) = torch.autograd.grad(
+            score(z, target, objective, other).sum(), attention, retain_graph=True
+        )
+        maps.append(slope.sum(2))
+    return torch.stack(maps, 1)[..., oracle.anatomy.prefix :]
+
+
+def memory(known: Case, target: Tensor, objective: str, other: Tensor | None = None) -> Tensor:
+    """A_b[k, q, j] · v_j · (W_Oᵀ u) summed over q: A times its derivative, every σ held."""
+    oracle, attention = known.oracle, known.oracle.trace.attention
+    z = frozen_logits(known)
+    leaf = z.detach().requires_grad_(True)
+    (g,) = torch.autograd.grad(score(leaf, target, objective, other).sum(), leaf)
+    slopes = torch.autograd.grad((g * z).sum(), attention, retain_graph=True)
+    maps = [(a * slope).sum(2) for a, slope in zip(attention, slopes, strict=True)]
+    return torch.stack(maps, 1).detach()[..., oracle.anatomy.prefix :]
+
+
+def patch_importance(
+    known: Case,
+    target: Tensor,
+    objective: str = "log_probability",
+    other: Tensor | None = None,
+) -> Tensor:
+    """(s + d + c)·√s of the shares: stream, direct to the logit, direct to the objective."""
+    estimates = (
+        stream(known, target, objective, other).relu(),
+        memory(known, target, "logit", other),
+        memory(known, target, objective, other),
+    )
+    totals = [estimate.sum((1, 2)).abs().sum(1) for estimate in estimates]
+    s, d, c = (e / total.view(-1, 1, 1, 1) for e, total in zip(estimates, totals, strict=True))
+    return (s + d + c) * s.sum((1, 2), keepdim=True).sqrt()
+
+
+def stream(known: Case, target: Tensor, objective: str, other: Tensor | None = None) -> Tensor:
+    """A_b[k, q, j] · v_j · z summed over q, z the derivative along the rows that are read.
+
+    All other tokens are held constant. Where the rows cannot be followed by themselves, the
+    derivative takes the residual stream alone.
+    """
+    if known.followed:
+        z, attention = detached_logits(known)
+    else:
+        oracle, attention = known.oracle, known.oracle.trace.attention
+        moved = sum(branch - branch.detach() for branch in oracle.trace.branch)
+        z = oracle.anatomy.read(oracle.trace.final.detach() + moved)
+    explained = score(z, target, objective, other).sum()
+    slopes = torch.autograd.grad(explained, attention, retain_graph=True)
+    maps = [(a * slope).sum(2) for a, slope in zip(attention, slopes, strict=True)]
+    by_block = torch.cat(maps, 1).unflatten(1, (len(known.oracle.anatomy.layers), -1))
+    return by_block.detach()[..., known.oracle.anatomy.prefix :]
+
+
+def frozen_logits(known: Case) -> Tensor:
+    """The model's logits as a function of its attention maps alone, every σ held: B×C."""
+    oracle, trace = known.oracle, known.oracle.trace
+    tokens = trace.resid_pre[0]
+    with oracle.held():
+        for b, layer in enumerate(oracle.anatomy.layers):
+            mixed = trace.attention[b] @ trace.values[b]
+            entering = oracle.attention_coefficients(layer, mixed, trace.gates[b])
+            parts = zip(layer.attentions, entering, strict=True)
+            tokens = tokens + sum(part.outer(part.write(m)) for part, m in parts)
+            tokens = tokens + trace.mlp_branch[b]
+        tokens = oracle.in_place(oracle.anatomy.layers[0], tokens)
+        if known.affine:
+            pool = oracle.pool_entry()
+            z = oracle.read_held(tokens)
+            return z if pool is None else z + pool
+    return oracle.anatomy.read(tokens)
+
+
+def detached_logits(known: Case) -> tuple[Tensor, list[Tensor]]:
+    """The model's logits with tokens that are not read out detached, and A of each module."""
+    model: Any = copy.deepcopy(known.oracle.model)
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation("sdpa")
+    layers = known.oracle.anatomy.layers
+    rows = 2 if hasattr(model, "head_dist") else 1
+    names = {module: name for name, module in known.oracle.model.named_modules()}
+    blocks = [model.get_submodule(names[layer.block]) for layer in layers]
+    with eager_attention() as calls, _detaching(blocks, rows):
+        z = logits_of(model(*known.oracle.inputs))
+    # Eager attention of Hugging Face rounds its weights to float32.
+    assert torch.allclose(z, known.oracle.logits, rtol=1e-5, atol=1e-5), "a value was changed"
+    return z, [a for a, _ in calls[-sum(len(layer.attentions) for layer in layers) :]]
+
+
+@contextmanager
+def _detaching(blocks: list[Any], rows: int) -> Iterator[None]:
+    def detach(block: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(args) > 1 and isinstance(args[1], Tensor):  # class attention: patches, then CLS
+            return (args[0].detach(), *args[1:])
+        return (torch.cat([args[0][:, :rows], args[0][:, rows:].detach()], 1), *args[1:])
+
+    handles = [block.register_forward_pre_hook(detach) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
