@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
+from captum_classemb.edit import remove_tokens
+from captum_classemb.edit.tokens import keep_tokens, removable_tokens, run_blocks
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.functional.areas import area, removal_counts
 from captum_classemb.functional.grid import tile
 from captum_classemb.functional.removal import MEASURES, outcomes, patch_sums, removal_order
 from captum_classemb.vit import ViT, adapt, record
-from captum_classemb.vit.edit import keep_tokens, removable_tokens, remove_tokens, run_blocks
 
 __all__ = ["Perturbation", "RemovalCurve", "RemovalCurves", "removal_curves"]
 

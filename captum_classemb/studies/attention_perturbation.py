@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
+from captum_classemb.edit import knock_out, no_cls, self_only
 from captum_classemb.studies.batches import Batch
 from captum_classemb.studies.figures import COLOURS, Panel, Series, by_block, up_to_highest
 from captum_classemb.studies.model_study import Subject
 from captum_classemb.studies.perturbation import UNPERTURBED, PerturbationStudy
 from captum_classemb.studies.tables import Row, select
 from captum_classemb.vit import record
-from captum_classemb.vit.edit import knock_out, no_cls, self_only
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_classemb.data import CONTEXT, OBJECT
+from captum_classemb.edit import kept_tokens, remove_tokens
 from captum_classemb.errors import InputError
 from captum_classemb.metrics import GroupedMean
 from captum_classemb.studies.batches import Batch
@@ -17,7 +18,6 @@ from captum_classemb.studies.model_study import Subject
 from captum_classemb.studies.perturbation import UNPERTURBED, PerturbationStudy
 from captum_classemb.studies.tables import Row, select
 from captum_classemb.vit import record
-from captum_classemb.vit.edit import kept_tokens, remove_tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,12 +14,12 @@ import torch
 from masking import logits_without
 from torch import Tensor, nn
 
+from captum_classemb.edit import remove_tokens
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.functional.grid import spread, tile
 from captum_classemb.functional.removal import outcomes, removal_order
 from captum_classemb.metrics.removal import RemovalCurve, removal_curves
 from captum_classemb.vit import adapt
-from captum_classemb.vit.edit import remove_tokens
 
 
 def model(**options: Any) -> nn.Module:

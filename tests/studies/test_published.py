@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from captum_classemb.data import PairedTransform, StudyDataset, open_dataset
+from captum_classemb.edit import remove_tokens
 from captum_classemb.functional.value_vectors import compositional
 from captum_classemb.metrics import token_scores
 from captum_classemb.studies import RunOptions, Subject, run_study, select
@@ -23,7 +24,6 @@ from captum_classemb.studies.identifiability import IdentifiabilityStudy
 from captum_classemb.studies.memories import MemoriesStudy
 from captum_classemb.studies.token_perturbation import TokenPerturbationStudy
 from captum_classemb.vit import adapt, record
-from captum_classemb.vit.edit import remove_tokens
 
 #: Another build moves logits by up to 2e-4: within this the order is not certain.
 NOISE = 1e-3

@@ -9,9 +9,10 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from captum_classemb.edit.attention_edit import AttentionEdit
 from captum_classemb.errors import InputError
-from captum_classemb.vit.attention_edit import AttentionEdit, marked
-from captum_classemb.vit.hooks import before, hooks_removed
+from captum_classemb.hooks import before, hooks_removed
+from captum_classemb.vit.active_edits import marked
 from captum_classemb.vit.parts import MLP, Attention, ViT
 
 __all__ = ["ablate_heads", "ablate_memories"]

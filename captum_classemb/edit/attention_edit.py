@@ -8,7 +8,6 @@ are to be changed.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,40 +18,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from captum_classemb.errors import InputError, UnsupportedModelError
+from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.attention import attention_weights
-from captum_classemb.vit.hooks import after, before, hooks_removed
+from captum_classemb.hooks import after, before, hooks_removed
+from captum_classemb.vit.active_edits import marked
 from captum_classemb.vit.parts import Attention
 
-__all__ = ["AttentionEdit", "editing", "marked", "refuse_edits"]
-
-_state = threading.local()
-
-
-@contextmanager
-def marked(attention: bool) -> Iterator[None]:
-    """Within the context this thread's passes are edited, their attention too if so told."""
-    _state.edits = (*editing(), attention)
-    try:
-        yield
-    finally:
-        _state.edits = _state.edits[:-1]
-
-
-def editing() -> tuple[bool, ...]:
-    """For each edit that this thread is within, whether attention is edited."""
-    edits: tuple[bool, ...] = getattr(_state, "edits", ())
-    return edits
-
-
-def refuse_edits(of_attention: bool = False) -> None:
-    """Raise InputError within an edit, or within one of attention alone if so told."""
-    if any(editing()) or (editing() and not of_attention):
-        what = "attention weights are" if of_attention else "attributions are"
-        raise InputError(
-            f"{what} computed from the model as it is, which an edit of its forward pass changes: "
-            "leave the edit first."
-        )
+__all__ = ["AttentionEdit"]
 
 
 class AttentionEdit(TorchFunctionMode):

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_classemb.errors import InputError, UnsupportedModelError
-from captum_classemb.vit.attention_edit import AttentionEdit
-from captum_classemb.vit.hooks import after, before, hooks_removed
-from captum_classemb.vit.parts import Call, ViT
-from captum_classemb.vit.tokens import (
+from captum_classemb.edit.attention_edit import AttentionEdit
+from captum_classemb.edit.tokens import (
     Kept,
     keep_tokens,
     kept_tokens,
     reads_patches,
     refuse_class_attention,
 )
+from captum_classemb.errors import InputError, UnsupportedModelError
+from captum_classemb.hooks import after, before, hooks_removed
+from captum_classemb.vit.parts import Call, ViT
 
 __all__ = ["remove_tokens"]
 

@@ -14,15 +14,10 @@ from masking import logits_without, unfused
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from captum_classemb.edit import kept_tokens, remove_tokens
+from captum_classemb.edit.tokens import keep_tokens, removable_tokens, run_blocks
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.vit import ViT, adapt, record
-from captum_classemb.vit.edit import (
-    keep_tokens,
-    kept_tokens,
-    removable_tokens,
-    remove_tokens,
-    run_blocks,
-)
 
 #: Names of families whose attention reads positions.
 POSITIONS = re.compile("eva|beit|relative")

@@ -12,9 +12,7 @@ from masking import edited_logits, logits_without, unfused, without_columns
 from torch import Tensor, nn
 
 from captum_classemb import PatchImportance
-from captum_classemb.errors import InputError, UnsupportedModelError
-from captum_classemb.vit import ViT, adapt, record
-from captum_classemb.vit.edit import (
+from captum_classemb.edit import (
     ablate_heads,
     ablate_memories,
     kept_tokens,
@@ -23,6 +21,8 @@ from captum_classemb.vit.edit import (
     remove_tokens,
     self_only,
 )
+from captum_classemb.errors import InputError, UnsupportedModelError
+from captum_classemb.vit import ViT, adapt, record
 
 TIMM = [name for name in FAMILIES if not name.startswith(("torchvision", "hugging"))]
 
