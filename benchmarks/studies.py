@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from captum_classemb.data import PairedTransform, Sample, StudyDataset, open_dataset
 from captum_classemb.metrics import target_logits
 from captum_classemb.models import demo_vit
-from captum_classemb.studies import RunOptions, Subject, read_rows, run_study, select
-from captum_classemb.studies.batches import Batch, batch_plan, load_batches
+from captum_classemb.runs import RunOptions, Subject, read_rows, run_study, select
+from captum_classemb.runs.batches import Batch, batch_plan, load_batches
 from captum_classemb.studies.identifiability import IdentifiabilityStudy
 from captum_classemb.vit import adapt, record
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 from page_tables import markdown, written
 
-from captum_classemb.studies import Row, read_rows, select
+from captum_classemb.runs import Row, read_rows, select
 from captum_classemb.studies import attention_perturbation as attention
 from captum_classemb.studies import identifiability_figures as identifiability
 from captum_classemb.studies import memories_figures as memories

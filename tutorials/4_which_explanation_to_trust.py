@@ -176,7 +176,7 @@ plt.show()
 
 # %%
 from captum_classemb.functional.identifiability import identifiability
-from captum_classemb.studies.fitting import fit_linear_probe
+from captum_classemb.studies import fit_linear_probe
 from captum_classemb.vit import record
 
 source = os.environ.get("CLASSEMB_DATA", "scenes:train")

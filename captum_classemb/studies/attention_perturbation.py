@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from captum_classemb.edit import knock_out, no_cls, self_only
-from captum_classemb.studies.batches import Batch
+from captum_classemb.runs.batches import Batch
+from captum_classemb.runs.catalogue import register_study
+from captum_classemb.runs.subject import Subject
+from captum_classemb.runs.tables import Row, select
 from captum_classemb.studies.figures import COLOURS, Panel, Series, by_block, up_to_highest
-from captum_classemb.studies.model_study import Subject
 from captum_classemb.studies.perturbation import UNPERTURBED, PerturbationStudy
-from captum_classemb.studies.tables import Row, select
 from captum_classemb.vit import record
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ _NAMES = {
 }
 
 
+@register_study
 class AttentionPerturbationStudy(PerturbationStudy):
     """How identifiable tokens stay when image tokens cannot attend to each other or to CLS.
 

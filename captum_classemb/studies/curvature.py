@@ -17,10 +17,11 @@ from captum_classemb.dynamics.hessian import Curvature, HessianSpectrum, density
 from captum_classemb.dynamics.landscape import LossLandscape
 from captum_classemb.dynamics.trajectory import checkpoint_files, polar_trajectory
 from captum_classemb.models.load import read_checkpoint
-from captum_classemb.studies.batches import Batch
+from captum_classemb.runs.batches import Batch
+from captum_classemb.runs.catalogue import register_study
+from captum_classemb.runs.subject import Subject
+from captum_classemb.runs.tables import Row
 from captum_classemb.studies.dynamics_study import DynamicsStudy, numbers, one_axis
-from captum_classemb.studies.model_study import Subject
-from captum_classemb.studies.tables import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,6 +67,7 @@ class LossStudy(DynamicsStudy):
         return augmented(batch.images, generator, flip=how == "flip-shift")
 
 
+@register_study
 class HessianStudy(LossStudy):
     """Largest eigenvalues of the loss Hessian batch by batch, share of negative ones, trace.
 
@@ -136,6 +138,7 @@ class HessianStudy(LossStudy):
         return {"hessian": figure}
 
 
+@register_study
 class LossLandscapeStudy(LossStudy):
     """Loss over a plane through the weights, along two filter-normalised random directions.
 
@@ -198,6 +201,7 @@ class LossLandscapeStudy(LossStudy):
         return [rows[len(rows) // 2], max(rows, key=lambda row: row.value)]
 
 
+@register_study
 class TrajectoryStudy(LossStudy):
     """Optimisation trajectory about the final weights, and the Hessian at each of its checkpoints.
 

@@ -10,10 +10,11 @@ from torch import nn
 from captum_classemb.dynamics.depth import DepthMetrics, obedience
 from captum_classemb.dynamics.fourier import FourierAmplitude
 from captum_classemb.dynamics.variance import FeatureMapVariance
-from captum_classemb.studies.batches import Batch
+from captum_classemb.runs.batches import Batch
+from captum_classemb.runs.catalogue import register_study
+from captum_classemb.runs.subject import Subject
+from captum_classemb.runs.tables import Row, select
 from captum_classemb.studies.dynamics_study import DynamicsStudy, numbers, one_axis
-from captum_classemb.studies.model_study import Subject
-from captum_classemb.studies.tables import Row, select
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["FourierStudy", "VarianceStudy"]
 
 
+@register_study
 class FourierStudy(DynamicsStudy):
     """High-frequency amplitude of feature maps by depth: does attention lower it, do MLPs raise it?
 
@@ -88,6 +90,7 @@ class FourierStudy(DynamicsStudy):
         return [row for row in tables["fourier"] if row.metric.startswith("share")]
 
 
+@register_study
 class VarianceStudy(DynamicsStudy):
     """Variance of feature maps over space by depth, and the share of it that one channel carries.
 

@@ -15,9 +15,9 @@ from captum_classemb.data import data_config
 from captum_classemb.errors import InputError
 from captum_classemb.functional.residual import Variant, check_variant
 from captum_classemb.models.load import load_model
-from captum_classemb.studies.model_study import Subject, weights_digest
-from captum_classemb.studies.study import Study
-from captum_classemb.studies.tables import Row
+from captum_classemb.runs.study import Study
+from captum_classemb.runs.subject import Subject, weights_digest
+from captum_classemb.runs.tables import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

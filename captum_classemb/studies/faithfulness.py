@@ -31,9 +31,11 @@ from captum_classemb.functional.removal import MEASURES
 from captum_classemb.metrics import BoxLocalisation, RemovalCurve
 from captum_classemb.metrics.removal import Perturbation
 from captum_classemb.readout import LinearProbe, load_readout
-from captum_classemb.studies.batches import Batch
-from captum_classemb.studies.model_study import ModelStudy, Subject
-from captum_classemb.studies.tables import Row, select
+from captum_classemb.runs.batches import Batch
+from captum_classemb.runs.catalogue import register_study
+from captum_classemb.runs.subject import Subject
+from captum_classemb.runs.tables import Row, select
+from captum_classemb.studies.model_study import ModelStudy
 from captum_classemb.vit import ViT
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ _BY_PROBE = "linear-probe"
 _NOWHERE = (-1, "")
 
 
+@register_study
 class FaithfulnessStudy(ModelStudy):
     """How the prediction fades as patches go, least or most important first, method by method.
 

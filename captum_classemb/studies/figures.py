@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from captum_classemb.studies.tables import Row, select
+from captum_classemb.runs.tables import Row, select
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

@@ -25,10 +25,12 @@ from captum_classemb.metrics import (
 from captum_classemb.metrics.grouped import Means
 from captum_classemb.metrics.stream_reader import StreamReader, StreamScores
 from captum_classemb.readout import ClassEmbedding
-from captum_classemb.studies.batches import Batch
-from captum_classemb.studies.model_study import ModelStudy, Subject
-from captum_classemb.studies.storage import write_atomically
-from captum_classemb.studies.tables import Row, select
+from captum_classemb.runs.batches import Batch
+from captum_classemb.runs.catalogue import register_study
+from captum_classemb.runs.storage import write_atomically
+from captum_classemb.runs.subject import Subject
+from captum_classemb.runs.tables import Row, select
+from captum_classemb.studies.model_study import ModelStudy
 from captum_classemb.vit import Recording, record
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ _SITES = ("resid_post", "attn_out", "mlp_out")
 _SAVED_CLASSES = 5
 
 
+@register_study
 class IdentifiabilityStudy(ModelStudy):
     """How identifiable the correct class is in every token, block by block.
 

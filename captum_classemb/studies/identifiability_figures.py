@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from captum_classemb.runs.tables import Row, select
 from captum_classemb.studies.figures import (
     SITE_NAMES,
     TOKEN_SERIES,
@@ -12,7 +13,6 @@ from captum_classemb.studies.figures import (
     Series,
     by_block,
 )
-from captum_classemb.studies.tables import Row, select
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

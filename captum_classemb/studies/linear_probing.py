@@ -20,13 +20,15 @@ from captum_classemb.metrics.probing import ProbeStatistics, plan_probes, stack_
 from captum_classemb.models.names import class_names
 from captum_classemb.readout import ClassEmbedding, LinearProbe, encode_readout
 from captum_classemb.readout.probe import features_of, probe_tokens
-from captum_classemb.studies.batches import Batch
+from captum_classemb.runs.batches import Batch
+from captum_classemb.runs.catalogue import register_study
+from captum_classemb.runs.processes import World
+from captum_classemb.runs.storage import write_atomically
+from captum_classemb.runs.subject import Subject
+from captum_classemb.runs.tables import Row, select
 from captum_classemb.studies.fitting import SITES
 from captum_classemb.studies.linear_probing_sums import FittedProbes, ReadCorrectly, Seconds
-from captum_classemb.studies.model_study import ModelStudy, Subject
-from captum_classemb.studies.storage import write_atomically
-from captum_classemb.studies.tables import Row, select
-from captum_classemb.studies.world import World
+from captum_classemb.studies.model_study import ModelStudy
 from captum_classemb.vit import record
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ FOLDS = 5
 _NAMED = 10
 
 
+@register_study
 class LinearProbingStudy(ModelStudy):
     """Linear probes against the class embedding, block by block, on equal features and images.
 

@@ -19,9 +19,11 @@ from captum_classemb.metrics import (
 )
 from captum_classemb.metrics.memories import random_classes
 from captum_classemb.readout import ClassEmbedding, Scale, Step
-from captum_classemb.studies.batches import Batch
-from captum_classemb.studies.model_study import ModelStudy, Subject
-from captum_classemb.studies.tables import Row, select
+from captum_classemb.runs.batches import Batch
+from captum_classemb.runs.catalogue import register_study
+from captum_classemb.runs.subject import Subject
+from captum_classemb.runs.tables import Row, select
+from captum_classemb.studies.model_study import ModelStudy
 from captum_classemb.vit import ViT, adapt, record
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ def _scaled(values: Tensor, step: Step) -> Tensor:
     return step(values) if isinstance(step, Scale) else values
 
 
+@register_study
 class MemoriesStudy(ModelStudy):
     """Whether value vectors stand for classes and are used by tokens of these classes.
 

@@ -12,7 +12,10 @@ from torch import nn
 from captum_classemb.dynamics.cka import MinibatchCKA
 from captum_classemb.dynamics.frequency_noise import FrequencyNoise
 from captum_classemb.dynamics.lesion import LesionAccuracy, find_lesions
-from captum_classemb.studies.batches import Batch
+from captum_classemb.runs.batches import Batch
+from captum_classemb.runs.catalogue import register_study
+from captum_classemb.runs.subject import Subject, weights_digest
+from captum_classemb.runs.tables import Row, select
 from captum_classemb.studies.dynamics_study import (
     OTHER_MODEL,
     DynamicsStudy,
@@ -20,8 +23,6 @@ from captum_classemb.studies.dynamics_study import (
     numbers,
     one_axis,
 )
-from captum_classemb.studies.model_study import Subject, weights_digest
-from captum_classemb.studies.tables import Row, select
 from captum_classemb.vit.steps import find_steps, record_steps
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def _digest(other: OtherModel | None) -> str:
     return "" if other is None else weights_digest(other.model)
 
 
+@register_study
 class FrequencyNoiseStudy(DynamicsStudy):
     """Accuracy of one or two models under noise of one frequency band, of equal energy per band."""
 
@@ -95,6 +97,7 @@ class FrequencyNoiseStudy(DynamicsStudy):
         return {self.name: figure}
 
 
+@register_study
 class LesionStudy(DynamicsStudy):
     """Accuracy when one block, attention or MLP is removed, by its position."""
 
@@ -128,6 +131,7 @@ class LesionStudy(DynamicsStudy):
         return {"lesion": figure}
 
 
+@register_study
 class CKAStudy(DynamicsStudy):
     """Similarity (mini-batch CKA) of all layers of the model, with itself or with another model.
 

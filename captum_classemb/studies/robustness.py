@@ -13,10 +13,11 @@ from captum_classemb.data import data_config
 from captum_classemb.data.corrupted import RELEASED, SEVERITIES
 from captum_classemb.dynamics.corruptions import SUBSET, corrupt
 from captum_classemb.dynamics.robustness import Quality, Robustness
-from captum_classemb.studies.batches import Batch
+from captum_classemb.runs.batches import Batch
+from captum_classemb.runs.catalogue import register_study
+from captum_classemb.runs.subject import Subject
+from captum_classemb.runs.tables import Row
 from captum_classemb.studies.dynamics_study import DynamicsStudy
-from captum_classemb.studies.model_study import Subject
-from captum_classemb.studies.tables import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,6 +39,7 @@ _MADE = tuple(_Level(f"subset_{name}", s) for name in SUBSET for s in range(1, S
 _READ = tuple(_Level(name, s) for name in RELEASED for s in range(1, SEVERITIES + 1))
 
 
+@register_study
 class RobustnessStudy(DynamicsStudy):
     """Accuracy, NLL and calibration error on corrupted images.
 

@@ -12,11 +12,12 @@ from captum_classemb.data import CONTEXT, OBJECT
 from captum_classemb.edit import kept_tokens, remove_tokens
 from captum_classemb.errors import InputError
 from captum_classemb.metrics import GroupedMean
-from captum_classemb.studies.batches import Batch
+from captum_classemb.runs.batches import Batch
+from captum_classemb.runs.catalogue import register_study
+from captum_classemb.runs.subject import Subject
+from captum_classemb.runs.tables import Row, select
 from captum_classemb.studies.figures import COLOURS, Panel, Series, by_block, up_to_highest
-from captum_classemb.studies.model_study import Subject
 from captum_classemb.studies.perturbation import UNPERTURBED, PerturbationStudy
-from captum_classemb.studies.tables import Row, select
 from captum_classemb.vit import record
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ _REMOVED = {"without_context": (CONTEXT, "class"), "without_class": (OBJECT, "co
 _RATE = "class_identifiability_rate"
 
 
+@register_study
 class TokenPerturbationStudy(PerturbationStudy):
     """How identifiable class tokens are without the context, and context tokens without the class.
 

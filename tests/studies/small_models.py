@@ -13,7 +13,7 @@ from torch import nn
 
 from captum_classemb.data import Sample
 from captum_classemb.models.alternet import AlterNet
-from captum_classemb.studies import RunOptions, Study, Subject, run_study
+from captum_classemb.runs import RunOptions, Study, Subject, run_study
 from captum_classemb.studies.curvature import HessianStudy, LossLandscapeStudy, TrajectoryStudy
 from captum_classemb.studies.depth import FourierStudy, VarianceStudy
 from captum_classemb.studies.response import CKAStudy, FrequencyNoiseStudy, LesionStudy
@@ -81,7 +81,7 @@ def save_checkpoints(model: nn.Module, folder: Path, scales: tuple[float, ...]) 
         save_file(state, folder / f"epoch{i}.safetensors")
 
 
-def all_studies(model: nn.Module, checkpoints: Path) -> Iterator[Callable[[], Study]]:
+def every_study(model: nn.Module, checkpoints: Path) -> Iterator[Callable[[], Study]]:
     """What makes each of the studies, small."""
     subject = Subject(model, "small")
     yield lambda: FourierStudy(subject)
@@ -98,6 +98,6 @@ def all_studies(model: nn.Module, checkpoints: Path) -> Iterator[Callable[[], St
 if __name__ == "__main__":
     torch.manual_seed(0)
     output = Path(sys.argv[1])
-    for make in all_studies(vit(), output / "checkpoints"):
+    for make in every_study(vit(), output / "checkpoints"):
         study = make()
         run_study(study, Noise(), output / study.name, RunOptions(batch_size=4, progress=False))

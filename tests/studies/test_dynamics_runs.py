@@ -15,13 +15,13 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 from released import cifar_c, imagenet_c
-from studies.small_models import Noise, all_studies, save_checkpoints, vit
+from studies.small_models import Noise, every_study, save_checkpoints, vit
 
 from captum_classemb.cli import cli
 from captum_classemb.data import PairedTransform, data_config, open_dataset
 from captum_classemb.dynamics.robustness import Robustness
 from captum_classemb.models import demo_vit
-from captum_classemb.studies import Row, RunOptions, Study, Subject, read_rows, run_study, select
+from captum_classemb.runs import Row, RunOptions, Study, Subject, read_rows, run_study, select
 from captum_classemb.studies.dynamics_study import OtherModel
 
 QUIET = RunOptions(batch_size=4, checkpoint_every=4, progress=False)
@@ -158,7 +158,7 @@ def test_all_go_on_where_they_stopped(tmp_path: Path) -> None:
     save_checkpoints(model, tmp_path / "checkpoints", (2.0, 1.0))
     go_on = RunOptions(batch_size=4, checkpoint_every=4, progress=False, resume=True)
     make: Callable[[], Study]
-    for make in all_studies(model, tmp_path / "checkpoints"):
+    for make in every_study(model, tmp_path / "checkpoints"):
         name = make().name
         with pytest.raises(StopError):
             run_study(stop_after_the_first_batch(make()), Noise(), tmp_path / "cut" / name, QUIET)
@@ -182,7 +182,7 @@ def test_two_processes_give_the_same_tables(tmp_path: Path) -> None:
             [sys.executable, *start, program, str(tmp_path / run)],
             check=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-    for make in all_studies(model, tmp_path / "one" / "checkpoints"):
+    for make in every_study(model, tmp_path / "one" / "checkpoints"):
         name = make().name
         one, two = (read_rows(tmp_path / run / name / f"{name}.csv") for run in ("one", "two"))
         assert [row._replace(value=0.0) for row in one] == [row._replace(value=0.0) for row in two]

@@ -10,8 +10,8 @@ from studies.small_models import (
     IMAGES,
     OPTIONS,
     Noise,
-    all_studies,
     cnn,
+    every_study,
     save_checkpoints,
     vit,
     whole,
@@ -19,7 +19,8 @@ from studies.small_models import (
 
 from captum_classemb.dynamics.fourier import FourierAmplitude
 from captum_classemb.dynamics.hessian import top_eigenvalues
-from captum_classemb.studies import Subject, read_rows, registry, run_study, select
+from captum_classemb.runs import Subject, read_rows, run_study, select
+from captum_classemb.studies import all_studies
 from captum_classemb.studies.curvature import HessianStudy, TrajectoryStudy
 from captum_classemb.studies.depth import FourierStudy
 from captum_classemb.vit.steps import find_steps, record_steps
@@ -27,14 +28,14 @@ from captum_classemb.vit.steps import find_steps, record_steps
 
 def test_all_are_registered() -> None:
     names = "cka fourier frequency-noise hessian lesion loss-landscape robustness trajectory"
-    assert set(names.split()) | {"variance"} <= set(registry())
+    assert set(names.split()) | {"variance"} <= set(all_studies())
 
 
 @pytest.mark.parametrize("make", [vit, cnn])
 def test_every_study_runs_on_vits_and_cnns(make: object, tmp_path: Path) -> None:
     model = make()  # type: ignore[operator]
     save_checkpoints(model, tmp_path, (2.0, 1.5, 1.0))
-    for make_study in all_studies(model, tmp_path):
+    for make_study in every_study(model, tmp_path):
         study = make_study()
         result = run_study(study, Noise(), tmp_path / study.name, OPTIONS, torch.device("cpu"))
         rows = result.tables[study.name]

@@ -24,7 +24,8 @@ from captum_classemb.readout import (
     load_readout,
     save_readout,
 )
-from captum_classemb.studies import RunOptions, Subject, registry, run_study, select
+from captum_classemb.runs import RunOptions, Subject, run_study, select
+from captum_classemb.studies import all_studies
 from captum_classemb.studies.faithfulness import FaithfulnessStudy
 from captum_classemb.studies.linear_probing import LinearProbingStudy
 from captum_classemb.vit import adapt, record
@@ -112,7 +113,7 @@ def summed_identifiability(probe: LinearProbe) -> Tensor:
 
 
 def test_the_study_is_known_and_measures_what_the_metrics_measure(tmp_path: Path) -> None:
-    assert registry()["faithfulness"] is FaithfulnessStudy
+    assert all_studies()["faithfulness"] is FaithfulnessStudy
     subject = Subject(model(), "small")
     study = FaithfulnessStudy(subject, ["chefer", "rollout"], steps=4)
     options = RunOptions(batch_size=4, progress=False)

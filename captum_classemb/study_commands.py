@@ -14,8 +14,9 @@ import click
 
 if TYPE_CHECKING:
     from captum_classemb.data import StudyDataset
-    from captum_classemb.studies.model_study import ModelStudy, Subject
-    from captum_classemb.studies.tables import Row
+    from captum_classemb.runs.subject import Subject
+    from captum_classemb.runs.tables import Row
+    from captum_classemb.studies.model_study import ModelStudy
 
 __all__ = ["StudyGroup", "study_group"]
 
@@ -102,15 +103,15 @@ class StudyGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of all studies."""
-        from captum_classemb.studies.catalogue import registry
+        from captum_classemb.studies.catalogue import all_studies
 
-        return list(registry())
+        return list(all_studies())
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of one study."""
-        from captum_classemb.studies.catalogue import registry
+        from captum_classemb.studies.catalogue import all_studies
 
-        study = registry().get(cmd_name)
+        study = all_studies().get(cmd_name)
         if study is None:
             return None
 
@@ -145,8 +146,8 @@ def _example(name: str) -> str:
 
 def run_command(study: type[Any], given: dict[str, Any]) -> None:
     """Build model, dataset and study from the options, run, and print a short table."""
-    from captum_classemb.studies.runner import RunOptions, run_study
-    from captum_classemb.studies.world import join_world
+    from captum_classemb.runs.processes import join_world
+    from captum_classemb.runs.runner import RunOptions, run_study
 
     world = join_world()
     device = world.device(given["device"])
@@ -173,7 +174,7 @@ def _subject(given: dict[str, Any]) -> Subject:
     from torch import nn
 
     from captum_classemb.models.load import load_model
-    from captum_classemb.studies.model_study import Subject
+    from captum_classemb.runs.subject import Subject
 
     def random_model() -> nn.Module:
         return load_model(given["model"], random_init=True, seed=given["seed"] + 1)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from captum_classemb.studies.batches import Batch
-from captum_classemb.studies.tables import Row
-from captum_classemb.studies.world import World
+from captum_classemb.runs.batches import Batch
+from captum_classemb.runs.processes import World
+from captum_classemb.runs.tables import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

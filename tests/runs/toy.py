@@ -13,9 +13,9 @@ from torchmetrics import Metric
 
 from captum_classemb.data import Sample
 from captum_classemb.errors import OutputError
-from captum_classemb.studies import Row, RunOptions, Study, run_study
-from captum_classemb.studies.batches import Batch
-from captum_classemb.studies.world import World
+from captum_classemb.runs import Row, RunOptions, Study, run_study
+from captum_classemb.runs.batches import Batch
+from captum_classemb.runs.processes import World
 
 IMAGES = 23
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from studies.toy import IMAGES, Toy, ToyData
+from runs.toy import IMAGES, Toy, ToyData
 
 from captum_classemb.errors import DataError, InputError, OutputError
-from captum_classemb.studies import RunOptions, read_rows, run_study
-from captum_classemb.studies.batches import batch_plan, chosen_images, load_batches
-from captum_classemb.studies.storage import Checkpoints, write_atomically
+from captum_classemb.runs import RunOptions, read_rows, run_study
+from captum_classemb.runs.batches import batch_plan, chosen_images, load_batches
+from captum_classemb.runs.storage import Checkpoints, write_atomically
 
 TOY = Path(__file__).parent / "toy.py"
 QUIET = RunOptions(batch_size=2, checkpoint_every=4, progress=False)

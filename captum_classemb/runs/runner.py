@@ -27,11 +27,11 @@ from tqdm import tqdm
 
 from captum_classemb.data import StudyDataset
 from captum_classemb.errors import ClassEmbError, OutputError
-from captum_classemb.studies.batches import batch_plan, chosen_images, load_batches
-from captum_classemb.studies.storage import Checkpoints, exclusive, write_atomically
-from captum_classemb.studies.study import Study
-from captum_classemb.studies.tables import Row, read_rows, write_rows
-from captum_classemb.studies.world import World, join_world
+from captum_classemb.runs.batches import batch_plan, chosen_images, load_batches
+from captum_classemb.runs.processes import World, join_world
+from captum_classemb.runs.storage import Checkpoints, exclusive, write_atomically
+from captum_classemb.runs.study import Study
+from captum_classemb.runs.tables import Row, read_rows, write_rows
 
 __all__ = ["RunOptions", "StudyResult", "run_study"]
 
