@@ -47,8 +47,12 @@ ROOMS = {
     "plot": "Figures",
     "explain": "Explaining files",
     "explorer": "The page to explore an image",
+    "runs": "Running studies",
     "studies": "Studies",
     "dynamics": "How Vision Transformers work: measurements",
+    "dynamics.tracing": "How Vision Transformers work: tracing any model",
+    "dynamics.figures": "How Vision Transformers work: figures",
+    "dynamics.studies": "How Vision Transformers work: studies",
     "functional": "Pure mathematics",
     "errors": "Errors",
 }
@@ -61,7 +65,11 @@ def _modules(room: str) -> list[str]:
     if hasattr(module, "__all__"):
         return [name]
     found = pkgutil.iter_modules(module.__path__)
-    return [f"{name}.{entry.name}" for entry in found if not entry.name.startswith("_")]
+    return [
+        f"{name}.{entry.name}"
+        for entry in found
+        if not entry.name.startswith("_") and not entry.ispkg
+    ]
 
 
 def _write_reference() -> None:

@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from mpl_toolkits.mplot3d import Axes3D
 
-from captum_classemb.plot.dynamics import _MARKERS, _MODELS, _tidy
+from captum_classemb.dynamics.figures.profiles import _MARKERS, _MODELS, _tidy
 
 __all__ = [
     "by_epoch",

@@ -12,12 +12,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from captum_classemb.data import Sample
-from captum_classemb.models.alternet import AlterNet
+from captum_classemb.dynamics.alternet import AlterNet
+from captum_classemb.dynamics.studies.corruption_robustness import RobustnessStudy
+from captum_classemb.dynamics.studies.curvature import (
+    HessianStudy,
+    LossLandscapeStudy,
+    TrajectoryStudy,
+)
+from captum_classemb.dynamics.studies.fourier_and_variance import FourierStudy, VarianceStudy
+from captum_classemb.dynamics.studies.response import CKAStudy, FrequencyNoiseStudy, LesionStudy
 from captum_classemb.runs import RunOptions, Study, Subject, run_study
-from captum_classemb.studies.curvature import HessianStudy, LossLandscapeStudy, TrajectoryStudy
-from captum_classemb.studies.depth import FourierStudy, VarianceStudy
-from captum_classemb.studies.response import CKAStudy, FrequencyNoiseStudy, LesionStudy
-from captum_classemb.studies.robustness import RobustnessStudy
 
 IMAGES, SIDE, CLASSES = 10, 32, 4
 OPTIONS = RunOptions(batch_size=5, progress=False)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from captum_classemb.dynamics.tracing.feature_maps import evaluating
 from captum_classemb.errors import InputError, NonFiniteError
-from captum_classemb.vit.feature_maps import evaluating
 
 __all__ = ["check_labels", "finite_loss", "logits_of", "twice_differentiable"]
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from captum_classemb.plot import dynamics, landscapes
+from captum_classemb.dynamics.figures import landscapes
+from captum_classemb.dynamics.figures import profiles as dynamics
 
 
 def axis(projection: str | None = None):  # type: ignore[no-untyped-def]

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from dynamics.small_models import Noise, every_study, save_checkpoints, vit
 from PIL import Image
 from released import cifar_c, imagenet_c
-from studies.small_models import Noise, every_study, save_checkpoints, vit
 
 from captum_classemb.cli import cli
 from captum_classemb.data import PairedTransform, data_config, open_dataset
 from captum_classemb.dynamics.robustness import Robustness
+from captum_classemb.dynamics.studies.dynamics_study import OtherModel
 from captum_classemb.models import demo_vit
 from captum_classemb.runs import Row, RunOptions, Study, Subject, read_rows, run_study, select
-from captum_classemb.studies.dynamics_study import OtherModel
 
 QUIET = RunOptions(batch_size=4, checkpoint_every=4, progress=False)
 

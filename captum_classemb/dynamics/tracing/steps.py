@@ -15,10 +15,15 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from captum_classemb.dynamics.tracing.block_list import (
+    TracedRun,
+    find_blocks,
+    find_others,
+    tensors_of,
+)
+from captum_classemb.dynamics.tracing.feature_maps import as_feature_map, evaluating, layout_of
+from captum_classemb.dynamics.tracing.trace import Event, key
 from captum_classemb.errors import InputError, UnsupportedModelError
-from captum_classemb.vit.block_list import TracedRun, find_blocks, find_others, tensors_of
-from captum_classemb.vit.feature_maps import as_feature_map, evaluating, layout_of
-from captum_classemb.vit.tracing import Event, key
 
 __all__ = ["Step", "StepKind", "find_steps", "record_steps", "watch_steps"]
 

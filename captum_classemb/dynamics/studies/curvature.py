@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from captum_classemb.dynamics.augmentation import augment as augmented
 from captum_classemb.dynamics.hessian import Curvature, HessianSpectrum, density
 from captum_classemb.dynamics.landscape import LossLandscape
+from captum_classemb.dynamics.studies.dynamics_study import DynamicsStudy, numbers, one_axis
 from captum_classemb.dynamics.trajectory import checkpoint_files, polar_trajectory
 from captum_classemb.models.load import read_checkpoint
 from captum_classemb.runs.batches import Batch
 from captum_classemb.runs.catalogue import register_study
 from captum_classemb.runs.subject import Subject
 from captum_classemb.runs.tables import Row
-from captum_classemb.studies.dynamics_study import DynamicsStudy, numbers, one_axis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -123,7 +123,7 @@ class HessianStudy(LossStudy):
         return rows
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
-        from captum_classemb.plot.landscapes import eigenvalue_density
+        from captum_classemb.dynamics.figures.landscapes import eigenvalue_density
 
         rows = tables["hessian"]
         values = torch.tensor([r.value for r in rows if r.metric.startswith("eigenvalue@")])
@@ -186,7 +186,7 @@ class LossLandscapeStudy(LossStudy):
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
         from matplotlib.figure import Figure
 
-        from captum_classemb.plot.landscapes import landscape_contour, landscape_surface
+        from captum_classemb.dynamics.figures.landscapes import landscape_contour, landscape_surface
 
         rows = tables["loss-landscape"]
         along = np.array(sorted({numbers(row.metric)[0] for row in rows}))
@@ -265,7 +265,7 @@ class TrajectoryStudy(LossStudy):
         return rows
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
-        from captum_classemb.plot.landscapes import by_epoch, polar_path
+        from captum_classemb.dynamics.figures.landscapes import by_epoch, polar_path
 
         def column(name: str) -> np.ndarray[Any, Any]:
             rows = tables["trajectory"]

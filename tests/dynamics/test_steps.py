@@ -9,9 +9,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from captum_classemb.dynamics.tracing.feature_maps import as_feature_map
+from captum_classemb.dynamics.tracing.steps import find_steps, record_steps
 from captum_classemb.errors import InputError, UnsupportedModelError
-from captum_classemb.vit.feature_maps import as_feature_map
-from captum_classemb.vit.steps import find_steps, record_steps
 
 
 def images(size: int, batch: int = 2) -> Tensor:

@@ -9,8 +9,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from captum_classemb.vit.feature_maps import as_feature_map, evaluating, layout_of
-from captum_classemb.vit.tracing import key, trace
+from captum_classemb.dynamics.tracing.feature_maps import as_feature_map, evaluating, layout_of
+from captum_classemb.dynamics.tracing.trace import key, trace
 
 __all__ = ["TracedRun", "find_blocks", "find_others", "tensors_of"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from studies.small_models import (
+from dynamics.small_models import (
     IMAGES,
     OPTIONS,
     Noise,
@@ -19,11 +19,11 @@ from studies.small_models import (
 
 from captum_classemb.dynamics.fourier import FourierAmplitude
 from captum_classemb.dynamics.hessian import top_eigenvalues
+from captum_classemb.dynamics.studies.curvature import HessianStudy, TrajectoryStudy
+from captum_classemb.dynamics.studies.fourier_and_variance import FourierStudy
+from captum_classemb.dynamics.tracing.steps import find_steps, record_steps
 from captum_classemb.runs import Subject, read_rows, run_study, select
 from captum_classemb.studies import all_studies
-from captum_classemb.studies.curvature import HessianStudy, TrajectoryStudy
-from captum_classemb.studies.depth import FourierStudy
-from captum_classemb.vit.steps import find_steps, record_steps
 
 
 def test_all_are_registered() -> None:

@@ -11,14 +11,9 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
+from captum_classemb.dynamics.alternet import AlterNet, LocalAttention, attention_blocks, build_up
+from captum_classemb.dynamics.tracing.steps import find_steps
 from captum_classemb.errors import InputError
-from captum_classemb.models.alternet import (
-    AlterNet,
-    LocalAttention,
-    attention_blocks,
-    build_up,
-)
-from captum_classemb.vit.steps import find_steps
 
 DEPTHS = {
     18: (2, 2, 2, 2), 34: (3, 4, 6, 4), 50: (3, 4, 6, 4), 101: (3, 4, 23, 4), 152: (3, 8, 36, 4)
@@ -180,6 +175,6 @@ def test_sizes_are_checked() -> None:
 
 
 def test_importing_the_models_makes_timm_know_them() -> None:
-    code = "import timm, captum_classemb.models; print(timm.is_model('alternet_50'))"
+    code = "import timm, captum_classemb.dynamics; print(timm.is_model('alternet_50'))"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.stdout.strip() == "True", process.stderr

@@ -12,18 +12,18 @@ from torch import nn
 from captum_classemb.dynamics.cka import MinibatchCKA
 from captum_classemb.dynamics.frequency_noise import FrequencyNoise
 from captum_classemb.dynamics.lesion import LesionAccuracy, find_lesions
-from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.catalogue import register_study
-from captum_classemb.runs.subject import Subject, weights_digest
-from captum_classemb.runs.tables import Row, select
-from captum_classemb.studies.dynamics_study import (
+from captum_classemb.dynamics.studies.dynamics_study import (
     OTHER_MODEL,
     DynamicsStudy,
     OtherModel,
     numbers,
     one_axis,
 )
-from captum_classemb.vit.steps import find_steps, record_steps
+from captum_classemb.dynamics.tracing.steps import find_steps, record_steps
+from captum_classemb.runs.batches import Batch
+from captum_classemb.runs.catalogue import register_study
+from captum_classemb.runs.subject import Subject, weights_digest
+from captum_classemb.runs.tables import Row, select
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,7 +87,7 @@ class FrequencyNoiseStudy(DynamicsStudy):
         return rows
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
-        from captum_classemb.plot.dynamics import frequency_noise_lines
+        from captum_classemb.dynamics.figures.profiles import frequency_noise_lines
 
         lines = {name: select(tables[self.name], model=name) for name in self.models}
         figure, axis = one_axis()
@@ -121,7 +121,7 @@ class LesionStudy(DynamicsStudy):
         return rows
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
-        from captum_classemb.plot.dynamics import lesion_bars
+        from captum_classemb.dynamics.figures.profiles import lesion_bars
 
         (whole,) = select(tables["lesion"], metric="accuracy")
         rows = select(tables["lesion"], metric="accuracy_without")
@@ -176,7 +176,7 @@ class CKAStudy(DynamicsStudy):
         ]
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
-        from captum_classemb.plot.dynamics import similarity_matrix
+        from captum_classemb.dynamics.figures.profiles import similarity_matrix
 
         values = np.array([row.value for row in tables["cka"]])
         figure, axis = one_axis((5.2, 4.4))

@@ -13,11 +13,11 @@ from captum_classemb.data import data_config
 from captum_classemb.data.corrupted import RELEASED, SEVERITIES
 from captum_classemb.dynamics.corruptions import SUBSET, corrupt
 from captum_classemb.dynamics.robustness import Quality, Robustness
+from captum_classemb.dynamics.studies.dynamics_study import DynamicsStudy
 from captum_classemb.runs.batches import Batch
 from captum_classemb.runs.catalogue import register_study
 from captum_classemb.runs.subject import Subject
 from captum_classemb.runs.tables import Row
-from captum_classemb.studies.dynamics_study import DynamicsStudy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,7 +107,7 @@ class RobustnessStudy(DynamicsStudy):
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
         from matplotlib.figure import Figure
 
-        from captum_classemb.plot.landscapes import robustness_lines
+        from captum_classemb.dynamics.figures.landscapes import robustness_lines
 
         values = {row.metric: row.value for row in tables["robustness"]}
         names = _whole(list(values))

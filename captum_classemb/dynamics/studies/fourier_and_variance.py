@@ -9,12 +9,12 @@ from torch import nn
 
 from captum_classemb.dynamics.depth import DepthMetrics, obedience
 from captum_classemb.dynamics.fourier import FourierAmplitude
+from captum_classemb.dynamics.studies.dynamics_study import DynamicsStudy, numbers, one_axis
 from captum_classemb.dynamics.variance import FeatureMapVariance
 from captum_classemb.runs.batches import Batch
 from captum_classemb.runs.catalogue import register_study
 from captum_classemb.runs.subject import Subject
 from captum_classemb.runs.tables import Row, select
-from captum_classemb.studies.dynamics_study import DynamicsStudy, numbers, one_axis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,7 +64,7 @@ class FourierStudy(DynamicsStudy):
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
         from matplotlib.figure import Figure
 
-        from captum_classemb.plot.dynamics import depth_profile, fourier_lines
+        from captum_classemb.dynamics.figures.profiles import depth_profile, fourier_lines
 
         frequencies: list[list[float]] = []
         lines: list[list[float]] = []
@@ -131,7 +131,7 @@ class VarianceStudy(DynamicsStudy):
         return rows
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
-        from captum_classemb.plot.dynamics import depth_profile
+        from captum_classemb.dynamics.figures.profiles import depth_profile
 
         rows = select(tables["variance"], metric="variance")
         figure, axis = one_axis()
