@@ -43,7 +43,7 @@ ROOMS = {
     "edit": "Editing a forward pass",
     "models": "Models by name",
     "data": "Data",
-    "metrics": "Metrics",
+    "evaluation": "Judging attributions",
     "plot": "Figures",
     "explain": "Explaining files",
     "explorer": "The page to explore an image",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from captum_classemb.edit.attention_edit import AttentionEdit
 from captum_classemb.errors import InputError, UnsupportedModelError
-from captum_classemb.functional.residual import Variant, check_variant
+from captum_classemb.functional.variant import Variant, check_variant
 from captum_classemb.vit.parts import Attention, ViT
 
 __all__ = ["knock_out", "no_cls", "self_only"]

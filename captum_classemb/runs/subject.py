@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from captum_classemb.functional.residual import Variant
+from captum_classemb.functional.variant import Variant
 
 __all__ = ["Subject", "weights_digest"]
 

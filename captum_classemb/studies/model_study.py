@@ -10,15 +10,16 @@ from torch import Tensor
 from captum_classemb.data import patch_mask
 from captum_classemb.data.patches import PatchRule
 from captum_classemb.errors import InputError
-from captum_classemb.functional.residual import Variant, check_variant
-from captum_classemb.metrics import GROUPS, ClassContextDifference, TokenReader, membership
-from captum_classemb.metrics.grouped import Means
-from captum_classemb.metrics.identifiability import Identifiability
+from captum_classemb.functional.variant import Variant, check_variant
 from captum_classemb.readout import Readout
 from captum_classemb.runs.batches import Batch
 from captum_classemb.runs.study import Study
 from captum_classemb.runs.subject import Subject, weights_digest
 from captum_classemb.runs.tables import Row
+from captum_classemb.studies.group_means import ClassContextDifference, Means
+from captum_classemb.studies.identifiability.metric import Identifiability
+from captum_classemb.studies.token_groups import GROUPS, membership
+from captum_classemb.studies.token_reader import TokenReader
 from captum_classemb.vit import ViT, adapt
 
 __all__ = ["ModelStudy"]

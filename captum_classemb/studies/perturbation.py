@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from captum_classemb.edit.tokens import refuse_class_attention
-from captum_classemb.metrics import Accuracy, ClassIdentifiability
 from captum_classemb.runs.subject import Subject
 from captum_classemb.runs.tables import Row, select
+from captum_classemb.studies.identifiability.metric import Accuracy, ClassIdentifiability
 from captum_classemb.studies.model_study import ModelStudy
 from captum_classemb.vit import Recording
 

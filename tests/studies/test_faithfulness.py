@@ -15,7 +15,7 @@ from captum_classemb.attr.baselines import CheferRelevance
 from captum_classemb.cli import cli
 from captum_classemb.data import Sample
 from captum_classemb.errors import CheckpointError, InputError, OutputError
-from captum_classemb.metrics import BoxLocalisation, RemovalCurve
+from captum_classemb.evaluation import BoxLocalisation, RemovalCurve
 from captum_classemb.readout import (
     LinearProbe,
     ProbeHeads,
@@ -26,8 +26,8 @@ from captum_classemb.readout import (
 )
 from captum_classemb.runs import RunOptions, Subject, run_study, select
 from captum_classemb.studies import all_studies
-from captum_classemb.studies.faithfulness import FaithfulnessStudy
-from captum_classemb.studies.linear_probing import LinearProbingStudy
+from captum_classemb.studies.faithfulness.study import FaithfulnessStudy
+from captum_classemb.studies.linear_probing.study import LinearProbingStudy
 from captum_classemb.vit import adapt, record
 
 IMAGES, WIDTH, DEPTH, CLASSES, TOKENS = 6, 24, 2, 4, 17

@@ -18,7 +18,7 @@ from captum_classemb.models import demo_vit
 from captum_classemb.readout import LinearProbe, load_readout
 from captum_classemb.runs import Row, RunOptions, Subject, read_rows, run_study, select
 from captum_classemb.studies import fit_linear_probe
-from captum_classemb.studies.linear_probing import LinearProbingStudy
+from captum_classemb.studies.linear_probing.study import LinearProbingStudy
 from captum_classemb.study_commands import _dataset, study_group
 from captum_classemb.vit import adapt, record
 

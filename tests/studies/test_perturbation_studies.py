@@ -14,8 +14,8 @@ from captum_classemb.edit import knock_out, remove_tokens
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.functional.identifiability import rank
 from captum_classemb.runs import Subject, run_study
-from captum_classemb.studies.attention_perturbation import AttentionPerturbationStudy
-from captum_classemb.studies.token_perturbation import TokenPerturbationStudy
+from captum_classemb.studies.attention_perturbation.study import AttentionPerturbationStudy
+from captum_classemb.studies.token_perturbation.study import TokenPerturbationStudy
 from captum_classemb.vit import ViT, adapt, record
 
 #: The left half of the image, as patches.

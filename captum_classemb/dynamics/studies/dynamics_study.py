@@ -13,7 +13,7 @@ from torchmetrics import Metric
 
 from captum_classemb.data import data_config
 from captum_classemb.errors import InputError
-from captum_classemb.functional.residual import Variant, check_variant
+from captum_classemb.functional.variant import Variant, check_variant
 from captum_classemb.models.load import load_model
 from captum_classemb.runs.study import Study
 from captum_classemb.runs.subject import Subject, weights_digest
