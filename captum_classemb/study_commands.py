@@ -146,11 +146,15 @@ def _example(name: str) -> str:
 
 def run_command(study: type[Any], given: dict[str, Any]) -> None:
     """Build model, dataset and study from the options, run, and print a short table."""
-    from captum_classemb.runs.processes import join_world
+    from captum_classemb.runs.processes import (
+        init_process_group,
+        is_main_process,
+        local_device,
+    )
     from captum_classemb.runs.runner import RunOptions, run_study
 
-    world = join_world()
-    device = world.device(given["device"])
+    init_process_group()
+    device = local_device(given["device"])
     subject = _subject(given)
     data = _dataset(given, subject)
     subject.model.to(device)
@@ -165,7 +169,7 @@ def run_command(study: type[Any], given: dict[str, Any]) -> None:
         progress=not given["quiet"],
     )
     result = run_study(experiment, data, given["output"], options, device)
-    if world.leads and not given["quiet"]:
+    if is_main_process() and not given["quiet"]:
         _print_rows(experiment.headline(result.tables))
         click.echo(f"{result.images} images; all results are in {result.output}")
 

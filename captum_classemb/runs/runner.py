@@ -11,27 +11,36 @@ from __future__ import annotations
 
 import io
 import json
-import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import ReduceOp
 from torchmetrics import Metric
 from tqdm import tqdm
 
 from captum_classemb.data import StudyDataset
-from captum_classemb.errors import ClassEmbError, OutputError
+from captum_classemb.errors import OutputError
+from captum_classemb.files import write_atomically
 from captum_classemb.runs.batches import batch_plan, chosen_images, load_batches
-from captum_classemb.runs.processes import World, join_world
-from captum_classemb.runs.storage import Checkpoints, exclusive, write_atomically
+from captum_classemb.runs.processes import (
+    all_reduce,
+    barrier,
+    get_rank,
+    get_world_size,
+    init_process_group,
+    is_main_process,
+    on_main_process,
+)
+from captum_classemb.runs.storage import Checkpoint, Checkpoints, exclusive
 from captum_classemb.runs.study import Study
 from captum_classemb.runs.tables import Row, read_rows, write_rows
+from captum_classemb.versions import versions
 
 __all__ = ["RunOptions", "StudyResult", "run_study"]
 
@@ -79,17 +88,6 @@ class StudyResult:
     info: dict[str, Any] = field(default_factory=dict)
 
 
-def versions() -> dict[str, str]:
-    """Versions of whatever the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("captum-classemb", "torch", "timm", "torchmetrics", "numpy", "pillow"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed as a package"
-    return found
-
-
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False)
     write_atomically(path, f"{text}\n".encode())
@@ -121,9 +119,7 @@ def _open_folder(output: Path, settings: dict[str, Any], resume: bool) -> dict[s
     return run
 
 
-def _settings(
-    study: Study, data: StudyDataset, options: RunOptions, world: World
-) -> dict[str, Any]:
+def _settings(study: Study, data: StudyDataset, options: RunOptions) -> dict[str, Any]:
     own = json.loads(json.dumps(study.settings()))
     return {
         "study": study.name,
@@ -137,15 +133,8 @@ def _settings(
         },
         "limit": options.limit,
         "batch_size": options.batch_size,
-        "processes": world.size,
+        "processes": get_world_size(),
     }
-
-
-def _agree(world: World, error: ClassEmbError | None) -> None:
-    """Every process stops with rank 0's error."""
-    shared = world.share(error)
-    if shared is not None:
-        raise shared
 
 
 def run_study(
@@ -177,29 +166,21 @@ def run_study(
     """
     options = options or RunOptions()
     output = Path(output)
-    world = join_world()
+    init_process_group()
     plan = _plan(study, data, options)
     notices = study.notices()
-    with exclusive(output / f".lock-{world.rank}"):
-        settings = _settings(study, data, options, world)
-        run: dict[str, Any] = {}
-        problem: ClassEmbError | None = None
-        if world.leads:
-            try:
-                run = _open_folder(output, settings, options.resume)
-            except ClassEmbError as error:
-                problem = error
-        _agree(world, problem)
-        run = world.share(run)
+    with exclusive(output / f".lock-{get_rank()}"):
+        settings = _settings(study, data, options)
+        run = on_main_process(lambda: _open_folder(output, settings, options.resume))
         if run["complete"]:
             tables = {name: read_rows(output / f"{name}.csv") for name in run["tables"]}
             return StudyResult(tables, output, run["images"], info=run)
         started = time.monotonic()
-        if options.progress and world.leads:
+        if options.progress and is_main_process():
             for notice in notices:
                 tqdm.write(notice, file=sys.stderr)
-        checkpoints = Checkpoints(output / _CHECKPOINTS, world.rank)
-        _stream(study, data, plan, checkpoints, options, torch.device(device), world)
+        checkpoints = Checkpoints(output / _CHECKPOINTS, get_rank())
+        _stream(study, data, plan, checkpoints, options, torch.device(device))
         study.metrics.cpu()
         tables = study.tables()
         images = len({index for batches in plan for batch in batches for index in batch})
@@ -207,9 +188,9 @@ def run_study(
         run |= {"complete": True, "tables": list(tables), "images": images}
         run |= {"notices": notices, **study.notes()}
         run |= {"seconds": round(seconds, 3), "device": str(device)}
-        if world.leads:
+        if is_main_process():
             _write_results(study, tables, output, run)
-        world.wait()
+        barrier()
         checkpoints.remove()
         return StudyResult(tables, output, images, seconds, run)
 
@@ -227,19 +208,22 @@ def _stream(
     checkpoints: Checkpoints,
     options: RunOptions,
     device: torch.device,
-    world: World,
 ) -> None:
     """Take this process's batches into the study's sums, pass after pass."""
     numbers = count()
     mine = [
-        [(next(numbers), indices) for indices in batches][world.rank :: world.size]
+        [(next(numbers), indices) for indices in batches][get_rank() :: get_world_size()]
         for batches in plan
     ]
     study.metrics.to(device)
     for metric in study.metrics.modules():
         if isinstance(metric, Metric):
             metric.persistent(True)
-    first, done = _restore(study, checkpoints, options.resume, device, world)
+    first, done = _restore(study, checkpoints, options.resume, device)
+
+    def save(number: int, done: int) -> None:
+        checkpoints.save(Checkpoint(number, done, study.metrics.state_dict()))
+
     every = max(1, options.checkpoint_every // options.batch_size)
     bar = tqdm(
         total=sum(len(indices) for batches in mine for _, indices in batches),
@@ -248,7 +232,7 @@ def _stream(
         unit="image",
         desc=study.name,
         # None: shown on terminals alone.
-        disable=None if options.progress and world.leads else True,
+        disable=None if options.progress and is_main_process() else True,
     )
     with bar, torch.no_grad():
         for number in range(first, len(mine)):
@@ -258,36 +242,43 @@ def _stream(
                 done += 1
                 bar.update(len(batch.indices))
                 if done - saved >= every:
-                    checkpoints.save(number, done, study.metrics.state_dict())
+                    save(number, done)
                     saved = done
             if done > saved:
-                checkpoints.save(number, done, study.metrics.state_dict())
+                save(number, done)
             if number + 1 < len(mine):
                 # All have saved the pass before any goes on, and none goes far ahead: whenever
                 # they are killed, there is a pass of which everyone has a checkpoint.
-                world.wait()
-                study.end_pass(number, world)
+                barrier()
+                study.end_pass(number)
                 study.begin_pass(number + 1)
                 done = 0
-                checkpoints.save(number + 1, done, study.metrics.state_dict())
-                world.wait()
+                save(number + 1, done)
+                barrier()
 
 
 def _restore(
-    study: Study, checkpoints: Checkpoints, resume: bool, device: torch.device, world: World
+    study: Study, checkpoints: Checkpoints, resume: bool, device: torch.device
 ) -> tuple[int, int]:
     """Go back to where all processes were: the pass, and this one's batches done in it."""
-    number = world.least(checkpoints.newest() if resume else 0)
-    stored = checkpoints.load(number) if resume else None
+    stored = checkpoints.load() if resume else iter(())
+    newest = next(stored, Checkpoint(0, 0, {}))
+    number = _least(newest.number)
+    # A process may be a pass ahead of the slowest one, by no more.
+    found = newest if newest.number == number else next(stored, Checkpoint(0, 0, {}))
     # A pass after the first one starts with what the one before it found.
-    if not world.least(int(stored is not None or number == 0)):
-        number, stored = 0, None
+    if not _least(int(found.number == number)):
+        number, found = 0, Checkpoint(0, 0, {})
     study.begin_pass(number)
-    if stored is None:
-        return number, 0
-    study.metrics.load_state_dict(stored[1])
-    study.metrics.to(device)
-    return number, stored[0]
+    if found.state:
+        study.metrics.load_state_dict(found.state)
+        study.metrics.to(device)
+    return number, found.done
+
+
+def _least(value: int) -> int:
+    """The smallest of all processes' values."""
+    return int(all_reduce(torch.tensor(value), ReduceOp.MIN))
 
 
 def _write_results(

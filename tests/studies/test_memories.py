@@ -7,13 +7,13 @@ import torch
 from scipy.stats import wilcoxon
 
 from captum_classemb.errors import InputError
+from captum_classemb.studies.memories import value_vectors
 from captum_classemb.studies.memories.metric import (
     ClassValueAgreement,
     KeyValueAgreement,
     MemoryCompositionality,
     random_classes,
 )
-from captum_classemb.studies.memories import value_vectors
 from captum_classemb.studies.memories.value_vectors import (
     compositional,
     keys_agree,

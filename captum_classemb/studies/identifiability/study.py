@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from captum_classemb.errors import InputError
+from captum_classemb.files import write_atomically
 from captum_classemb.readout import ClassEmbedding
 from captum_classemb.runs.batches import Batch
 from captum_classemb.runs.catalogue import register_study
-from captum_classemb.runs.storage import write_atomically
 from captum_classemb.runs.subject import Subject
 from captum_classemb.runs.tables import Row, select
 from captum_classemb.studies.group_means import ClassContextDifference, Means

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from captum_classemb.data import TrainAndTest
 from captum_classemb.errors import DataError, InputError
+from captum_classemb.files import write_atomically
 from captum_classemb.functional.precision import wide
 from captum_classemb.models.names import class_names
 from captum_classemb.readout import ClassEmbedding, LinearProbe, encode_readout
 from captum_classemb.readout.probe import features_of, probe_tokens
 from captum_classemb.runs.batches import Batch
 from captum_classemb.runs.catalogue import register_study
-from captum_classemb.runs.processes import World
-from captum_classemb.runs.storage import write_atomically
+from captum_classemb.runs.processes import all_reduce
 from captum_classemb.runs.subject import Subject
 from captum_classemb.runs.tables import Row, select
 from captum_classemb.studies.fitting import SITES
@@ -247,11 +247,11 @@ class LinearProbingStudy(ModelStudy):
     def _features(self, tokens: Tensor) -> Tensor:
         return self.own.normalise(tokens) if self.variant == "corrected" else wide(tokens)
 
-    def end_pass(self, number: int, world: World) -> None:
+    def end_pass(self, number: int) -> None:
         if self.reading:
             return
         for name in ("gram", "sums", "counts"):
-            setattr(self.statistics, name, world.add(getattr(self.statistics, name)))
+            setattr(self.statistics, name, all_reduce(getattr(self.statistics, name)))
         with self._clock("solve"):
             left_out = [None] if self.folds == 1 else list(range(self.folds))
             weights, biases, final = [], [], []
