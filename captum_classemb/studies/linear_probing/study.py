@@ -24,7 +24,7 @@ from captum_classemb.runs.catalogue import register_study
 from captum_classemb.runs.processes import all_reduce
 from captum_classemb.runs.subject import Subject
 from captum_classemb.runs.tables import Row, select
-from captum_classemb.studies.fitting import SITES
+from captum_classemb.studies.fitting import FITTED_SITES
 from captum_classemb.studies.linear_probing.metric import (
     ProbeStatistics,
     plan_probes,
@@ -107,7 +107,7 @@ class LinearProbingStudy(ModelStudy):
             raise InputError("save_probes needs the subject's output folder.")
         self.own = features_of(self.vit.readout)
         self.depth = len(self.vit.blocks)
-        self.places = [(block, site) for site in SITES for block in range(self.depth)]
+        self.places = [(block, site) for site in FITTED_SITES for block in range(self.depth)]
         self.positions = _positions(positions)
         self.memory_limit = memory_limit
         self.save_probes = save_probes
