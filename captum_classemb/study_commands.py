@@ -14,11 +14,11 @@ import click
 
 if TYPE_CHECKING:
     from captum_classemb.data import StudyDataset
-    from captum_classemb.runs.subject import Subject
+    from captum_classemb.runs.config import StudyConfig
     from captum_classemb.runs.tables import Row
     from captum_classemb.studies.model_study import ModelStudy
 
-__all__ = ["StudyGroup", "study_group"]
+__all__ = ["StudyGroup", "study_dataset", "study_group"]
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -155,11 +155,11 @@ def run_command(study: type[Any], given: dict[str, Any]) -> None:
 
     init_process_group()
     device = local_device(given["device"])
-    subject = _subject(given)
-    data = _dataset(given, subject)
-    subject.model.to(device)
+    config = _config(given)
+    data = study_dataset(given, config)
+    config.model.to(device)
     names = [parameter.name for parameter in study.parameters]
-    experiment: ModelStudy = study(subject, **{name: given[name] for name in names})
+    experiment: ModelStudy = study(config, **{name: given[name] for name in names})
     options = RunOptions(
         batch_size=given["batch_size"],
         limit=given["limit"],
@@ -174,11 +174,11 @@ def run_command(study: type[Any], given: dict[str, Any]) -> None:
         click.echo(f"{result.images} images; all results are in {result.output}")
 
 
-def _subject(given: dict[str, Any]) -> Subject:
+def _config(given: dict[str, Any]) -> StudyConfig:
     from torch import nn
 
     from captum_classemb.models.load import load_model
-    from captum_classemb.runs.subject import Subject
+    from captum_classemb.runs.config import StudyConfig
 
     def random_model() -> nn.Module:
         return load_model(given["model"], random_init=True, seed=given["seed"] + 1)
@@ -187,7 +187,7 @@ def _subject(given: dict[str, Any]) -> Subject:
         given["model"], given["checkpoint"], random_init=given["random_init"], seed=given["seed"]
     )
     name = f"{given['model']} (random)" if given["random_init"] else given["model"]
-    return Subject(
+    return StudyConfig(
         model,
         name,
         variant=given["variant"],
@@ -197,12 +197,12 @@ def _subject(given: dict[str, Any]) -> Subject:
     )
 
 
-def _dataset(given: dict[str, Any], subject: Subject) -> StudyDataset:
+def study_dataset(given: dict[str, Any], config: StudyConfig) -> StudyDataset:
+    """The dataset that the options name, together with one to fit on where a study asks for it."""
     from captum_classemb.data import PairedTransform, TrainAndTest, data_config, open_dataset
 
-    config = data_config(subject.model)
-    transform = PairedTransform.from_config(config, given["resize"])
-    classes: Any = getattr(subject.model, "num_classes", None)
+    transform = PairedTransform.from_config(data_config(config.model), given["resize"])
+    classes: Any = getattr(config.model, "num_classes", None)
     data = open_dataset(given["data_path"], transform, given["layout"], classes)
     if "train_data" not in given:
         return data

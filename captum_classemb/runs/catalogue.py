@@ -20,7 +20,7 @@ def register_study(study: _S) -> _S:
     The command ``captum-classemb study`` then lists it among the package's own.
 
     Args:
-        study: its constructor takes a :class:`~captum_classemb.runs.Subject`, and the values of
+        study: its constructor takes a :class:`~captum_classemb.runs.StudyConfig`, and the values of
             its ``parameters`` by name.
 
     Raises:

@@ -13,8 +13,8 @@ from captum_classemb.errors import InputError
 from captum_classemb.functional.variant import Variant, check_variant
 from captum_classemb.readout import Readout
 from captum_classemb.runs.batches import Batch
+from captum_classemb.runs.config import StudyConfig, weights_digest
 from captum_classemb.runs.study import Study
-from captum_classemb.runs.subject import Subject, weights_digest
 from captum_classemb.runs.tables import Row
 from captum_classemb.studies.group_means import ClassContextDifference, Means
 from captum_classemb.studies.identifiability.metric import Identifiability
@@ -32,31 +32,31 @@ class ModelStudy(Study):
     """A study of one model: adapts it, groups its tokens, and makes its rows.
 
     Args:
-        subject: the model and how it is studied.
+        config: the model and how it is studied.
 
     Raises:
         UnsupportedModelError: if the library cannot read the model.
         InputError: for an unknown variant, or a readout that is none.
     """
 
-    def __init__(self, subject: Subject) -> None:
-        check_variant(subject.variant)
-        self.subject = subject
-        self.vit: ViT = adapt(subject.model)
-        readout = subject.readout or self.vit.readout
+    def __init__(self, config: StudyConfig) -> None:
+        check_variant(config.variant)
+        self.config = config
+        self.vit: ViT = adapt(config.model)
+        readout = config.readout or self.vit.readout
         if not isinstance(readout, Readout):
-            raise InputError(f"the subject's readout is a {type(readout).__name__}, no Readout.")
+            raise InputError(f"the readout to study with is a {type(readout).__name__}, no Readout.")
         self.readout = readout
-        self.variant: Variant = subject.variant
+        self.variant: Variant = config.variant
         self._readers: dict[int, TokenReader] = {}
 
     def settings(self) -> dict[str, Any]:
         return {
-            "model": self.subject.name,
+            "model": self.config.name,
             "weights": weights_digest(self.vit.model),
             "readout": type(self.readout).__name__,
             "variant": self.variant,
-            "seed": self.subject.seed,
+            "seed": self.config.seed,
         }
 
     def reader(self, block: int, site: str) -> TokenReader:
@@ -88,7 +88,7 @@ class ModelStudy(Study):
         """One row of a table."""
         block, site = place
         return Row(
-            self.name, self.subject.name, block, site, tokens, group, self.variant, metric,
+            self.name, self.config.name, block, site, tokens, group, self.variant, metric,
             float(value), int(n),
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ from captum_classemb.dynamics.studies.dynamics_study import DynamicsStudy, numbe
 from captum_classemb.dynamics.variance import FeatureMapVariance
 from captum_classemb.runs.batches import Batch
 from captum_classemb.runs.catalogue import register_study
-from captum_classemb.runs.subject import Subject
+from captum_classemb.runs.config import StudyConfig
 from captum_classemb.runs.tables import Row, select
 
 if TYPE_CHECKING:
@@ -32,10 +32,10 @@ class FourierStudy(DynamicsStudy):
 
     name = "fourier"
 
-    def __init__(self, subject: Subject) -> None:
-        super().__init__(subject)
+    def __init__(self, config: StudyConfig) -> None:
+        super().__init__(config)
         self.depth = DepthMetrics(
-            subject.model,
+            config.model,
             {"fourier": lambda: FourierAmplitude(self.variant, sync_on_compute=False)},
             self.example(),
         )
@@ -82,7 +82,7 @@ class FourierStudy(DynamicsStudy):
         figure = Figure(figsize=(10.5, 4), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=[1, 1.25])
         fourier_lines(left, [np.array(f) for f in frequencies], [np.array(a) for a in lines])
-        high = {self.subject.name: [line[-1] for line in lines]}
+        high = {self.config.name: [line[-1] for line in lines]}
         depth_profile(right, kinds, high, "Δ log amplitude, highest frequency")
         return {"fourier": figure}
 
@@ -100,10 +100,10 @@ class VarianceStudy(DynamicsStudy):
 
     name = "variance"
 
-    def __init__(self, subject: Subject) -> None:
-        super().__init__(subject)
+    def __init__(self, config: StudyConfig) -> None:
+        super().__init__(config)
         self.depth = DepthMetrics(
-            subject.model,
+            config.model,
             {"variance": lambda: FeatureMapVariance(self.variant, sync_on_compute=False)},
             self.example(),
         )
@@ -138,7 +138,7 @@ class VarianceStudy(DynamicsStudy):
         label = "feature map variance"
         if self.variant == "corrected":
             label = "share of energy that varies over space"
-        values = {self.subject.name: [row.value for row in rows]}
+        values = {self.config.name: [row.value for row in rows]}
         log = self.variant == "paper"
         depth_profile(axis, [row.site for row in rows], values, label, log=log)
         return {"variance": figure}

@@ -12,7 +12,7 @@ from torch import nn
 
 from captum_classemb.functional.variant import Variant
 
-__all__ = ["Subject", "weights_digest"]
+__all__ = ["StudyConfig", "weights_digest"]
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -26,7 +26,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 @dataclass(frozen=True)
-class Subject:
+class StudyConfig:
     """The model that is studied, and how.
 
     Attributes:
