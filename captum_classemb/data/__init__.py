@@ -1,8 +1,8 @@
 """Datasets with object masks, and the images that come with the package."""
 
-from captum_classemb.data.layouts import LAYOUTS, StudyDataset, open_dataset, recognise_layout
+from captum_classemb.data.layouts import LAYOUTS, open_dataset, recognise_layout
 from captum_classemb.data.patches import patch_mask
-from captum_classemb.data.sample import CONTEXT, IGNORED, OBJECT, Sample
+from captum_classemb.data.sample import CONTEXT, IGNORED, OBJECT, Sample, StudyDataset
 from captum_classemb.data.scenes import SCENE_CLASSES, Scene, Scenes, render_scene
 from captum_classemb.data.splits import TrainAndTest
 from captum_classemb.data.transforms import PairedTransform, boxes_to_mask, data_config

@@ -1,12 +1,12 @@
-"""The one item type of all datasets with object masks."""
+"""The one item type of all datasets with object masks, and what a study asks of a dataset."""
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from torch import Tensor
 
-__all__ = ["CONTEXT", "IGNORED", "OBJECT", "Sample"]
+__all__ = ["CONTEXT", "IGNORED", "OBJECT", "Sample", "StudyDataset"]
 
 #: Values of a mask.
 CONTEXT: Final = 0
@@ -30,3 +30,24 @@ class Sample(NamedTuple):
     mask: Tensor | None
     name: str
     condition: str = ""
+
+
+class StudyDataset(Protocol):
+    """What a study asks of a dataset."""
+
+    layout: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+    @property
+    def labels(self) -> list[int]:
+        """The label of each image, without reading it."""
+
+    @property
+    def with_masks(self) -> int:
+        """How many images have a mask or boxes."""
+
+    def fingerprint(self) -> str:
+        """A hash that another set of images or labels does not have."""

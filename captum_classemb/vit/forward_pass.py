@@ -18,9 +18,9 @@ from torch.utils.hooks import RemovableHandle
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.precision import no_autocast, upcast
 from captum_classemb.readout.steps import OutputPath, Step, stacked
-from captum_classemb.vit.attention_edit import refuse_edits
+from captum_classemb.vit.active_edits import refuse_edits
 from captum_classemb.vit.checks import Checks
-from captum_classemb.vit.hooks import after, before, hooks_removed
+from captum_classemb.hooks import after, before, hooks_removed
 from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT
 from captum_classemb.vit.record import Recording, SiteRecorder
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.functional.precision import no_autocast, upcast
 from captum_classemb.readout import OutputPath
-from captum_classemb.vit.attention_edit import refuse_edits
+from captum_classemb.vit.active_edits import refuse_edits
 from captum_classemb.vit.checks import TOLERANCE
-from captum_classemb.vit.hooks import before, hooks_removed
+from captum_classemb.hooks import before, hooks_removed
 from captum_classemb.vit.parts import Call, ViT
 from captum_classemb.vit.record import Recording, record
 

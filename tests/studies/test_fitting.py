@@ -10,8 +10,8 @@ from torch import Tensor
 
 from captum_classemb import ClassEmbeddingGradient, ClassEmbeddingProjection
 from captum_classemb.errors import InputError, UnsupportedModelError
-from captum_classemb.metrics import token_scores
 from captum_classemb.studies import fit_linear_probe, fit_logistic_probe, fit_tuned_lens
+from captum_classemb.studies.token_reader import token_scores
 from captum_classemb.vit import ViT, adapt, record
 
 linear_model = pytest.importorskip("sklearn.linear_model")
@@ -62,8 +62,8 @@ def test_ridge_in_one_pass_is_scikit_learns(name: str) -> None:
 
 def test_neither_batches_nor_passes_change_a_probe() -> None:
     model, told = vit(), []
-    whole = fit_linear_probe(model, data(size=IMAGES), alpha=0.5, say=told.append)
-    parts = fit_linear_probe(model, data(size=1), alpha=0.5, memory_limit=20_000, say=told.append)
+    whole = fit_linear_probe(model, data(size=IMAGES), alpha=0.5, log=told.append)
+    parts = fit_linear_probe(model, data(size=1), alpha=0.5, memory_limit=20_000, log=told.append)
     assert told == [
         "18 probes in 1 pass over the images, whose sums take 0 MB",
         "18 probes in 6 passes over the images, whose sums take 0 MB",

@@ -15,7 +15,7 @@ from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.precision import upcast
 from captum_classemb.vit import ALL, ViT
 from captum_classemb.vit.backward import AttentionTape, watched
-from captum_classemb.vit.hooks import after, hooks_removed
+from captum_classemb.hooks import after, hooks_removed
 
 __all__ = ["AttnLRP"]
 
