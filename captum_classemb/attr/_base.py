@@ -21,6 +21,7 @@ from captum_classemb.attr._inputs import (
 )
 from captum_classemb.errors import InputError
 from captum_classemb.functional.grid import spread
+from captum_classemb.functional.precision import upcast
 from captum_classemb.readout import Readout
 from captum_classemb.vit import ViT, adapt
 
@@ -105,7 +106,7 @@ class PatchAttribution(Attribution):  # type: ignore[misc]
         args = forward_args(additional_forward_args)
         pixels = images(self.vit, inputs, args)
         patches = self._patch_scores(pixels, target, args)
-        return like_inputs(inputs, self._to_pixels(patches, pixels))
+        return like_inputs(inputs, self._to_pixels(upcast(patches), pixels))
 
     def attribute_patches(
         self,
@@ -118,7 +119,7 @@ class PatchAttribution(Attribution):  # type: ignore[misc]
         Prefix tokens are left out. Arguments and errors as for :meth:`attribute`.
         """
         args = forward_args(additional_forward_args)
-        return self._patch_scores(images(self.vit, inputs, args), target, args)
+        return upcast(self._patch_scores(images(self.vit, inputs, args), target, args))
 
     @abstractmethod
     def attribute_classes(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from captum_classemb.attr._base import PatchAttribution, choose
 from captum_classemb.attr._inputs import TensorOrTuple, forward_args, images, like_inputs, targets
-from captum_classemb.errors import InputError, TargetError, UnsupportedModelError
+from captum_classemb.errors import InputError, NonFiniteError, TargetError, UnsupportedModelError
 from captum_classemb.functional.objectives import logit_gradient, runner_up
 from captum_classemb.functional.precision import no_autocast
 from captum_classemb.readout import Readout
@@ -206,7 +206,7 @@ class ForwardPassAttribution(PatchAttribution):
         if contrast is None:
             return Classes(index[:, None])
         if self.readout.num_classes < 2:
-            raise InputError("contrast needs another class: the model has one.")
+            raise InputError("contrast needs another class: the model has one class.")
         if isinstance(contrast, str):
             if contrast != "runner-up":
                 raise InputError(f"contrast {contrast!r} is no class index and not 'runner-up'.")
@@ -234,6 +234,23 @@ class ForwardPassAttribution(PatchAttribution):
     def weights(self, logits: Tensor, classes: Classes, objective: Any) -> Tensor:
         """∂score/∂logits: …×B×K×C."""
         return logit_gradient(logits, classes.index, objective, classes.contrast)
+
+    def resolved(self, done: ForwardPass, g: Tensor) -> Tensor:
+        """The weights g (…×B×K×C), to be reported at the end where they fall below the dtype."""
+        size = g.abs().amax(-1)
+        size = size.amax(0) if size.dim() == 3 else size
+        tiny = torch.finfo(g.dtype).tiny
+
+        def error() -> NonFiniteError:
+            gone = (size < tiny).any(-1).nonzero()[:, 0].tolist()
+            return NonFiniteError(
+                f"the prediction for image {', '.join(map(str, gone))} is so certain that the "
+                f"derivative of its probability is below the smallest {g.dtype}: take "
+                "objective='logit', or PatchImportance, or a model in float64."
+            )
+
+        done.checks.require((size >= tiny).all(), error)
+        return g
 
     # Everything goes by :meth:`_entries`.
     def _patch_scores(self, pixels: Tensor, target: Any, args: tuple[Any, ...]) -> Tensor:

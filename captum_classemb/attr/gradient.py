@@ -84,14 +84,14 @@ class ClassEmbeddingGradient(ForwardPassAttribution):
         return paths
 
     def _entries(self, done: ForwardPass, classes: Classes) -> list[Tensor]:
-        return [self._patches(self._stage_entries(stage, classes)) for stage in done.stages]
+        return [self._patches(self._stage_entries(done, stage, classes)) for stage in done.stages]
 
-    def _stage_entries(self, stage: Stage, classes: Classes) -> Tensor:
+    def _stage_entries(self, done: ForwardPass, stage: Stage, classes: Classes) -> Tensor:
         """∂score/∂A summed over query rows: L×B×H×K×N."""
         paths = self._paths(stage)
         rows = added(paths)
         alike = all(path.uniform for path in paths)
-        delta = self._delta(stage, rows, classes, alike)
+        delta = self._delta(done, stage, rows, classes, alike)
         parts = []
         for memories, path in zip(stage.modules, paths, strict=True):
             z = path.vjp(delta)
@@ -99,11 +99,14 @@ class ClassEmbeddingGradient(ForwardPassAttribution):
             parts.append(values_along(memories.values, z)[..., 0, :, :])
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
-    def _delta(self, stage: Stage, rows: Tensor, classes: Classes, alike: bool) -> Tensor:
+    def _delta(
+        self, done: ForwardPass, stage: Stage, rows: Tensor, classes: Classes, alike: bool
+    ) -> Tensor:
         """∂score/∂rows of each block's own readout: L×B×Q×K×D, summed over Q where rows are alike."""
 
         def of(readout: Readout, x: Tensor) -> Tensor:
             g = self.weights(readout(x), classes, self.objective)
+            g = g if self.objective == "logit" else self.resolved(done, g)
             return readout.vjp(x, g, summed=alike)
 
         readouts = [self.readout.at(block, "attn_out") for block in stage.blocks]
@@ -175,7 +178,7 @@ class ClassEmbeddingGradient(ForwardPassAttribution):
         """
         classes = Classes(leads.T.contiguous())
         plain = sum(
-            self._of_heads(self._stage_entries(stage, classes)).sum((0, 2)) for stage in done.stages
+            self._of_heads(self._stage_entries(done, stage, classes)).sum((0, 2)) for stage in done.stages
         )
         same = leads.T[:, :, None] == index
         found = same.int().argmax(1)

@@ -140,6 +140,7 @@ class MemoryPatchImportance(ForwardPassAttribution):
 
     def _entries(self, done: ForwardPass, classes: Classes) -> list[Tensor]:
         g = self.weights(self.model_logits(done), classes, self.objective)
+        g = g if self.objective == "logit" else self.resolved(done, g)
         u = self.readout.vjp(done.final, g, frozen=True)
         return [
             self._patches(direct_entries(stage, attention_of(stage), u)) for stage in done.stages

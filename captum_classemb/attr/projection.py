@@ -36,7 +36,7 @@ def token_scores(readout: Readout, tokens: Tensor, target: Tensor, score: Score)
     logits = readout.project(tokens)
     index = target[:, None].expand(logits.shape[:2])
     if score == "identifiability":
-        return identifiability(logits, index)
+        return identifiability(logits, index).to(logits.dtype)
     log_p = logits.log_softmax(-1).gather(-1, index[..., None])[..., 0]
     return log_p if score == "log_probability" else log_p.exp()
 
@@ -131,7 +131,7 @@ class ClassEmbeddingProjection(PatchAttribution):
         with no_autocast(pixels.device):
             scores = self._readout().project(tokens)
             if self.score == "identifiability":
-                scores = 1.0 - all_ranks(scores).double() / scores.shape[-1]
+                scores = (1.0 - all_ranks(scores).double() / scores.shape[-1]).to(scores.dtype)
             elif self.score != "logit":
                 scores = scores.log_softmax(-1)
                 scores = scores.exp() if self.score == "probability" else scores

@@ -71,6 +71,14 @@ class Diagonal:
         return self if one else Diagonal(self.factor[index])  # type: ignore[index]
 
 
+class GateDerivative(Diagonal):
+    """The Jacobian of a product with a frozen gate."""
+
+    def __getitem__(self, index: Any) -> GateDerivative:
+        assert isinstance(self.factor, Tensor)
+        return GateDerivative(self.factor[index])
+
+
 @dataclass(frozen=True)
 class Matrix:
     """The Jacobian of a linear map with the weight D_out×D_in, or one for each of L blocks."""
@@ -202,8 +210,9 @@ class Linear(Step):
         module: Any = self.module
         like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
         points = torch.eye(module.in_features, dtype=like.dtype, device=like.device)
+        # Not called as a module: hooks are for what the model computes.
         with torch.no_grad():
-            images = upcast(module(torch.cat([torch.zeros_like(points[:1]), points])))
+            images = upcast(module.forward(torch.cat([torch.zeros_like(points[:1]), points])))
         return (images[1:] - images[0]).T, images[0]
 
     def read(self) -> Linear:
@@ -320,8 +329,8 @@ class Gate(Step):
     def __call__(self, x: Tensor) -> Tensor:
         return x * self.gate.to(x.dtype)
 
-    def at(self, x: Tensor, frozen: bool = False) -> Diagonal:
-        return Diagonal(self.gate[..., None, :])
+    def at(self, x: Tensor, frozen: bool = False) -> GateDerivative:
+        return GateDerivative(self.gate[..., None, :])
 
 
 class Activation(Step):

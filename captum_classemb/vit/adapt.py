@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -131,7 +133,7 @@ def _after_preprocessing(model: nn.Sequential) -> ViT:
     """``Sequential(preprocessing, vit)``: inputs are what the preprocessing takes."""
     inner = adapt(model[-1])
     fixed = inner.image_size
-    grid = inner.grid if fixed is None else (lambda size: inner.grid(fixed))
+    grid = inner.grid if fixed is None else partial(_fixed_grid, inner, fixed)
     vit = ViT(
         model,
         inner.blocks,
@@ -142,8 +144,16 @@ def _after_preprocessing(model: nn.Sequential) -> ViT:
         inner.channels,
         grid,
     )
-    vit.call = lambda *args: inner(model[:-1](*args))
+    vit.call = partial(_preprocessed, inner, model)
     return vit
+
+
+def _fixed_grid(inner: ViT, fixed: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    return inner.grid(fixed)
+
+
+def _preprocessed(inner: ViT, model: nn.Sequential, *args: Any) -> Any:
+    return inner(model[:-1](*args))
 
 
 _NO_SINGLE_GRID = {

@@ -71,12 +71,14 @@ class Attention(ABC):
         projections: the linear steps whose outputs, side by side, are queries, keys and values;
             None if they are not known.
         query_steps, key_steps: the steps after them (norms of each head).
+        gate: the linear step whose sigmoid is the gate among :meth:`inner`, where there is one.
     """
 
     entry: tuple[Step, ...] = ()
     projections: tuple[Linear, ...] | None = None
     query_steps: tuple[Step, ...] = ()
     key_steps: tuple[Step, ...] = ()
+    gate: Linear | None = None
 
     #: True where :meth:`weights` are one softmax that the module itself may show.
     shows_weights: bool = False

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from captum_classemb.functional.norm import NormJacobian
 from captum_classemb.functional.precision import upcast
-from captum_classemb.readout.steps import Linear, OutputPath, Step, stacked
+from captum_classemb.readout.steps import (
+    Gate,
+    GateDerivative,
+    Linear,
+    OutputPath,
+    Step,
+    stacked,
+)
 from captum_classemb.vit.forward_pass import ForwardPass, Stage
 from captum_classemb.vit.parts import MLP, Attention, Call, ViT
 
@@ -56,6 +63,8 @@ class _Module:
     key_steps: list[Any]
     projections: list[list[Linear]]
     path: list[Any]
+    gates: list[Linear] | None
+    gated: Tensor | None
 
 
 class RowStream:
@@ -123,8 +132,15 @@ class RowStream:
         real = after_w_o[0] if after_w_o else memories.path.output
         done.checks.equal("attention outputs", stage.blocks, rebuilt, real)
         path = [s.at(x) for s, x in zip(memories.path.steps, memories.path.inputs, strict=True)]
+        gates = [a.gate.read() for a in attentions if a.gate is not None] or None
+        gated = None
+        for step, x in zip(memories.path.steps, memories.path.inputs, strict=True):
+            if isinstance(step, Gate) and gates is not None:
+                # What a change of the gate's logit does to its product with x.
+                gated = x * step.gate * (1.0 - step.gate)
         return _Module(
-            attention, keys, values, by_head, scale, entry, query_steps, key_steps, projections, path
+            attention, keys, values, by_head, scale, entry, query_steps, key_steps, projections,
+            path, gates, gated,
         )
 
     def _mlp(self, mlps: Sequence[MLP], middle: Tensor) -> tuple[Tensor, list[Any]]:
@@ -158,10 +174,14 @@ class RowStream:
         modules, l = self._modules[block]
         entering, directions, carried = middle, [], []
         for module in modules:
-            z = middle
+            z, through_gate = middle, None
             for derivative in reversed(module.path):
+                gate = module.gates is not None and isinstance(derivative, GateDerivative)
+                if gate and module.gates is not None and module.gated is not None:
+                    through_gate = (z * module.gated[l][..., None, :]) @ module.gates[l].weight
                 z = derivative[l].vjp(z)
             into, evidence = self._through_attention(module, l, z)
+            into = into if through_gate is None else into + through_gate
             entering = _back(module.entry, l, into, entering)
             directions.append(z)
             carried.append(evidence)

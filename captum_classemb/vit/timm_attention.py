@@ -44,6 +44,8 @@ class TimmAttention(Attention):
         super().__init__(module, module.num_heads, module.proj, outer, watch)
         if module.qkv is not None:
             self.projections = (Linear(module.qkv),)
+        gate = _present(module, "gate")
+        self.gate = None if gate is None else Linear(gate)
         self.query_steps, self.key_steps = (
             () if norm is None else (Norm(norm, self.heads),)
             for norm in (_present(module, "q_norm"), _present(module, "k_norm"))

@@ -12,6 +12,7 @@ from torch import Tensor
 from captum_classemb.attr._base import PatchAttribution
 from captum_classemb.attr._inputs import forward_args, images
 from captum_classemb.errors import UnsupportedModelError
+from captum_classemb.functional.precision import upcast
 
 __all__ = ["Baseline", "pooled_rows"]
 
@@ -55,7 +56,7 @@ class Baseline(PatchAttribution):
         pixels = images(self.vit, inputs, args)
         wanted = range(self.readout.num_classes) if classes is None else classes
         maps = [self._patch_scores(pixels, int(c), args)[:, 0] for c in wanted]
-        return torch.stack(maps, 1)
+        return upcast(torch.stack(maps, 1))
 
 
 def pooled_rows(method: PatchAttribution) -> slice:
