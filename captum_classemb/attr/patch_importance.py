@@ -169,7 +169,7 @@ class PatchImportance(ForwardPassAttribution):
             mean = features @ (logits.softmax(-1) @ head())[..., None]
             c = d - mean
             top = logits.argmax(-1)[:, None]
-            plain = read(self.weights(logits, Classes(top), "log_probability"))
+            plain = read(self.weights(logits, Classes(top), self._weighting))
             c = torch.where((index == top)[:, None], plain, c)
         s = self._patches(evidence.total()).flatten(0, 1)[:, None]
         d, c = (part.transpose(1, 2).flatten(0, 1)[:, None] for part in (d, c))
