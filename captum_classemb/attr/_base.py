@@ -173,6 +173,9 @@ class PatchAttribution(Attribution):  # type: ignore[misc]
         return patches.reshape(*patches.shape[:-1], h, w)
 
     def _to_pixels(self, patches: Tensor, pixels: Tensor) -> Tensor:
-        maps = patches.flatten(1, -3).sum(1)
+        return self._shared_out(patches.flatten(1, -3).sum(1), pixels)
+
+    def _shared_out(self, maps: Tensor, pixels: Tensor) -> Tensor:
+        """B×h×w scores of patches shared among their pixels and channels."""
         size = (pixels.shape[2], pixels.shape[3])
         return spread(maps, size, pixels.shape[1], self.vit.patch_size)

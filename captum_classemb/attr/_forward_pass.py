@@ -107,9 +107,9 @@ class ForwardPassAttribution(PatchAttribution):
             TargetError: if the target is missing, out of range, or of the wrong length or type.
         """
         args = forward_args(additional_forward_args)
-        pixels = images(self.vit, inputs, args)
+        pixels = images(self.vit, inputs, args, finite=False)
         maps = self._one_class(pixels, target, args, contrast, summed=True)
-        return like_inputs(inputs, self._to_pixels(maps[:, None], pixels))
+        return like_inputs(inputs, self._shared_out(maps, pixels))
 
     def attribute_patches(
         self,
@@ -124,7 +124,7 @@ class ForwardPassAttribution(PatchAttribution):
         Prefix tokens are left out. Arguments and errors as for :meth:`attribute`.
         """
         args = forward_args(additional_forward_args)
-        pixels = images(self.vit, inputs, args)
+        pixels = images(self.vit, inputs, args, finite=False)
         return self._one_class(pixels, target, args, contrast, summed=False)
 
     def attribute_classes(
@@ -134,7 +134,7 @@ class ForwardPassAttribution(PatchAttribution):
         additional_forward_args: Any = None,
     ) -> Tensor:
         args = forward_args(additional_forward_args)
-        pixels = images(self.vit, inputs, args)
+        pixels = images(self.vit, inputs, args, finite=False)
         index = self._classes(classes, pixels)
         done = self.forward_pass(pixels, args)
         maps = self.class_maps(done, index)
@@ -218,13 +218,13 @@ class ForwardPassAttribution(PatchAttribution):
         same = InputError("the contrast is the target itself: name another class.")
         if index.device.type == "cpu" and bool((other == index).any()):
             raise same
-        done.checks.require((other != index).all(), lambda: same)
+        done.checks.require(other != index, lambda: same)
         return Classes(index[:, None], other[:, None])
 
     def model_logits(self, done: ForwardPass) -> Tensor:
-        """B×C: the model's own where its own readout is used."""
+        """B×C, from the last hidden states in float32 or wider."""
         own = self.vit.has_readout and self.readout is self.vit.readout
-        return done.logits if own else self.last_readout(done.final)
+        return done.rebuilt if own and done.rebuilt is not None else self.last_readout(done.final)
 
     @property
     def last_readout(self) -> Readout:
@@ -237,7 +237,7 @@ class ForwardPassAttribution(PatchAttribution):
 
     def resolved(self, done: ForwardPass, g: Tensor) -> Tensor:
         """The weights g (…×B×K×C), to be reported at the end where they fall below the dtype."""
-        size = g.abs().amax(-1)
+        size = torch.linalg.vector_norm(g, float("inf"), -1)
         size = size.amax(0) if size.dim() == 3 else size
         tiny = torch.finfo(g.dtype).tiny
 
@@ -249,7 +249,7 @@ class ForwardPassAttribution(PatchAttribution):
                 "objective='logit', or PatchImportance, or a model in float64."
             )
 
-        done.checks.require((size >= tiny).all(), error)
+        done.checks.require(size >= tiny, error)
         return g
 
     # Everything goes by :meth:`_entries`.
@@ -275,9 +275,11 @@ def run(
             forward_args=args,
             tolerance=call_tolerance(vit, pixels),
         )
+        done.checks.pixels = pixels
         if vit.has_readout and vit.readout.reads == needs.rows:
             with no_autocast(pixels.device):
-                done.checks.equal("logits", (), vit.readout(done.final), done.logits)
+                done.rebuilt = vit.readout(done.final)
+                done.checks.equal("logits", (), done.rebuilt, done.logits)
     return done
 
 

@@ -17,8 +17,19 @@ __all__ = ["TensorOrTuple", "forward_args", "images", "like_inputs", "targets"]
 TensorOrTuple = TypeVar("TensorOrTuple", Tensor, tuple[Tensor, ...])
 
 
-def images(vit: ViT, inputs: Tensor | tuple[Tensor, ...], args: tuple[Any, ...] = ()) -> Tensor:
+def images(
+    vit: ViT,
+    inputs: Tensor | tuple[Tensor, ...],
+    args: tuple[Any, ...] = (),
+    finite: bool = True,
+) -> Tensor:
     """The batch of images in the model's dtype, once the reading of the model is verified.
+
+    Args:
+        vit: an adapted model.
+        inputs: a batch, or a tuple of one.
+        args: further arguments of the model's forward.
+        finite: look for NaN now; a recorded pass finds it by what it does to the logits.
 
     Raises:
         InputError: if it is no batch of finite images that the model takes.
@@ -32,7 +43,7 @@ def images(vit: ViT, inputs: Tensor | tuple[Tensor, ...], args: tuple[Any, ...] 
         raise InputError(f"inputs are a {type(inputs).__qualname__}: a tensor is needed.")
     # Noise that a consumer adds in float32 must not reach a half-precision model.
     pixels = inputs.detach().to(vit.dtype)
-    vit.check_inputs(pixels)
+    vit.check_inputs(pixels, finite)
     if len(pixels) == 0:
         raise InputError("no image was given: the batch is empty.")
     verify(vit, pixels, args)

@@ -10,17 +10,13 @@ from torch import Tensor, nn
 
 from captum_classemb.attr._forward_pass import Classes, ForwardPassAttribution, Needs
 from captum_classemb.errors import InputError
-from captum_classemb.functional.attention import values_along
+from captum_classemb.functional.attention import chunks, values_along
 from captum_classemb.functional.objectives import check_objective, paper_weights
 from captum_classemb.functional.precision import no_autocast, upcast
 from captum_classemb.readout import ClassEmbedding, OutputPath, Readout
 from captum_classemb.vit.forward_pass import ForwardPass, Stage
 
 __all__ = ["ClassEmbeddingGradient"]
-
-_AT_ONCE = 1 << 22
-"""Numbers that are worked on at once on a CPU: more would leave its caches."""
-
 
 class ClassEmbeddingGradient(ForwardPassAttribution):
     """The patch importance of Vilas et al. (2023, §6), in one forward pass.
@@ -128,7 +124,8 @@ class ClassEmbeddingGradient(ForwardPassAttribution):
 
     def _linear_head(self, done: ForwardPass, readout: ClassEmbedding, index: Tensor) -> Tensor:
         """B×K×N. With M_c the logit's map: M_c, M_c − Σ p M, or p_c(M_c − Σ p M) − Σ r M."""
-        everything, chosen = readout.head_weight(), readout.head_weight(index)
+        everything = readout.head_weight()
+        chosen = everything[index]
         total: Tensor | None = None
         leads, common = [], []
         for stage in done.stages:
@@ -184,15 +181,6 @@ class ClassEmbeddingGradient(ForwardPassAttribution):
         found = same.int().argmax(1)
         taken = plain.gather(1, found[..., None].expand(-1, -1, plain.shape[2]))
         return torch.where(same.any(1)[:, None], taken.transpose(1, 2), maps)
-
-
-def chunks(values: Tensor) -> list[slice]:
-    """The blocks (L×…) that are worked on at once: all on an accelerator, few megabytes on a CPU."""
-    count = len(values)
-    some = count
-    if values.device.type == "cpu":
-        some = max(1, min(count, _AT_ONCE // max(1, values[0].numel())))
-    return [slice(start, min(start + some, count)) for start in range(0, count, some)]
 
 
 def added(paths: Sequence[OutputPath]) -> Tensor:

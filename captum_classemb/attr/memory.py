@@ -18,7 +18,7 @@ from captum_classemb.attr._forward_pass import (
 )
 from captum_classemb.attr._inputs import TensorOrTuple, forward_args, images, like_inputs
 from captum_classemb.errors import InputError
-from captum_classemb.functional.attention import carried
+from captum_classemb.functional.attention import carried, chunks
 from captum_classemb.functional.ledger import LogitLedger
 from captum_classemb.functional.objectives import check_objective
 from captum_classemb.functional.precision import no_autocast, upcast
@@ -81,12 +81,17 @@ def direct_maps(
                 chosen = [float(first + k in heads) for k in range(a.shape[2])]
                 pooled = pooled * pooled.new_tensor(chosen)[:, None]
             first += a.shape[2]
-            for block in range(len(stage.blocks)):
-                v = upcast(memories.values[block])[:, None] * pooled[block][..., None]
+            derivatives = [
+                step.at(x, frozen=True)
+                for step, x in zip(memories.path.steps, memories.path.inputs, strict=True)
+            ]
+            for some in chunks(memories.values):
+                v = upcast(memories.values[some])[:, :, None] * pooled[some][..., None]
                 # Each source token is one of K = N tangents of a row.
-                t = v.transpose(2, 3).flatten(3)
-                for step, x in zip(memories.path.steps, memories.path.inputs, strict=True):
-                    t = step.at(x, frozen=True)[block].jvp(t)
+                t = v.transpose(3, 4).flatten(4)
+                for derivative in derivatives:
+                    t = derivative[some].jvp(t)
+                t = t[0] if len(t) == 1 else t.sum(0)
                 total = t if total is None else total.add_(t)
     assert total is not None
     return readout.frozen_features(final, total)
@@ -207,7 +212,7 @@ class MemoryPatchImportance(ForwardPassAttribution):
             return super().attribute(inputs, target, additional_forward_args, contrast=contrast)
         self._require_complete()
         args = forward_args(additional_forward_args)
-        pixels = images(self.vit, inputs, args)
+        pixels = images(self.vit, inputs, args, finite=False)
         ledger = self._ledger(pixels, target, args, contrast)
         patches = self._on_grid(self._patches(ledger.attention), pixels)
         return like_inputs(inputs, self._to_pixels(patches, pixels)), ledger.delta

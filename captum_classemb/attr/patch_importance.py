@@ -21,8 +21,11 @@ from captum_classemb.vit.stream import RowStream, follows_rows
 
 __all__ = ["PatchImportance"]
 
-_ROWS = 512
+_ROWS = 2048
 """Rows that are carried back at once: enough for fast products, few enough for memory."""
+
+_NUMBERS = 1 << 22
+"""Numbers of evidence that are formed at once, likewise."""
 
 
 class PatchImportance(ForwardPassAttribution):
@@ -90,7 +93,7 @@ class PatchImportance(ForwardPassAttribution):
     def _entries(self, done: ForwardPass, classes: Classes) -> list[Tensor]:
         """(s + d + c)·√s, each estimate divided by Σ|map| over the patches: L×B×H×K×(N − P)."""
         readout, final = self.last_readout, done.final
-        logits = readout(final)
+        logits = self.model_logits(done)
         of_logit = self.weights(logits, classes, "logit")
         of_objective = self.weights(logits, classes, self._weighting)
         u = _directions(readout, final, torch.cat([of_logit, of_objective], 1))
@@ -108,7 +111,7 @@ class PatchImportance(ForwardPassAttribution):
     def _stream(
         self, done: ForwardPass, cotangent: Tensor
     ) -> tuple[Tensor, list[list[Tensor]]]:
-        """A·v·z of every block (L×B×H×K×N), with A of each stage and module."""
+        """A·v·z of every block (L×B×H×K×N) up to a factor, with A of each stage and module."""
         if not follows_rows(self.vit, done.rows):
             attention = [attention_of(stage) for stage in done.stages]
             each = [
@@ -145,8 +148,7 @@ class PatchImportance(ForwardPassAttribution):
 
     def _linear_head(self, done: ForwardPass, readout: ClassEmbedding, index: Tensor) -> Tensor:
         """B×K×(N − P): matrix products over classes for each block."""
-        final = done.final
-        logits = readout(final)
+        final, logits = done.final, self.model_logits(done)
         every = Classes(index.expand(len(logits), -1))
         cotangents = self._of_all(logits, index, lambda g: readout.vjp(final, g))
         stream = RowStream(self.vit, done)
@@ -244,13 +246,19 @@ class _Evidence:
         # A·v once for all classes, instead of A times their K×N products.
         weighted = (weights.mT[..., None] * values[:, :, :, None]).flatten(3).mT
         by_class = directions.flatten(3)
-        for head in range(weights.shape[1]):
-            # The same memory for every head: fresh pages would cost more than the product.
-            pair = (by_class[:, head], weighted[:, head])
-            self._buffer = torch.bmm(*pair, out=self._buffer).relu_()
-            if self._total is None:
-                self._total = torch.zeros_like(self._buffer)
-            self._total += self._buffer
+        batch, heads, classes = by_class.shape[:3]
+        size = batch * classes * weighted.shape[-1]
+        at_once = max(1, min(heads, _NUMBERS // size))
+        for start in range(0, heads, at_once):
+            some = slice(start, start + at_once)
+            pair = (by_class[:, some].flatten(0, 1), weighted[:, some].flatten(0, 1))
+            # The same memory every time: fresh pages would cost more than the product.
+            if self._buffer is None or len(self._buffer) != len(pair[0]):
+                self._buffer = pair[0].new_empty(len(pair[0]), classes, weighted.shape[-1])
+            torch.bmm(*pair, out=self._buffer).relu_()
+            by_head = self._buffer.view(batch, -1, *self._buffer.shape[1:])
+            part = by_head[:, 0] if by_head.shape[1] == 1 else by_head.sum(1)
+            self._total = part.clone() if self._total is None else self._total.add_(part)
 
     def total(self) -> Tensor:
         """B×K×N."""

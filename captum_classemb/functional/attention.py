@@ -7,7 +7,10 @@ from torch import Tensor
 
 from captum_classemb.functional.precision import upcast
 
-__all__ = ["attention_weights", "carried", "values_along"]
+__all__ = ["attention_weights", "carried", "chunks", "values_along"]
+
+_AT_ONCE = 1 << 22
+"""Numbers that are worked on at once on a CPU: more would leave its caches."""
 
 
 def attention_weights(
@@ -73,3 +76,12 @@ def carried(attention: Tensor, values: Tensor, directions: Tensor) -> Tensor:
         …×H×K×N.
     """
     return (attention[..., None, :] * values_along(values, directions)).sum(-3)
+
+
+def chunks(values: Tensor) -> list[slice]:
+    """The blocks (L×…) that are worked on at once: all on an accelerator, few megabytes on a CPU."""
+    count = len(values)
+    some = count
+    if values.device.type == "cpu":
+        some = max(1, min(count, _AT_ONCE // max(1, values[0].numel())))
+    return [slice(start, min(start + some, count)) for start in range(0, count, some)]

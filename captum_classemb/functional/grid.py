@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -73,7 +75,24 @@ def spread(
                   [0.2500, 0.2500]]]])
     """
     h, w = patches.shape[-2:]
-    index = patch_index(image_size, (h, w), patch_size).flatten()
-    pixels = torch.bincount(index, minlength=h * w).reshape(h, w).to(patches)
-    shared = tile(patches / (pixels * channels), image_size, patch_size)
-    return shared[:, None].repeat(1, channels, 1, 1)
+    index, counts = _pixels(
+        image_size, (h, w), channels, patch_size, patches.device, patches.dtype
+    )
+    shared = (patches.flatten(-2) / counts).index_select(-1, index)
+    return shared.unflatten(-1, image_size)[:, None].repeat(1, channels, 1, 1)
+
+
+@lru_cache(maxsize=32)
+def _pixels(
+    image_size: tuple[int, int],
+    grid: tuple[int, int],
+    channels: int,
+    patch_size: PatchSize | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The patch of each pixel, and how many values each patch shares its score among: made once for a size."""
+    with torch.inference_mode(False):
+        index = patch_index(image_size, grid, patch_size).flatten()
+        counts = torch.bincount(index, minlength=grid[0] * grid[1]) * channels
+        return index.to(device), counts.to(device, dtype)

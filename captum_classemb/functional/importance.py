@@ -5,23 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["combined", "share"]
-
-
-def share(estimate: Tensor, heads: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """An estimate divided by Σ|map|, the map being its sum over blocks and heads.
-
-    Args:
-        estimate: entries of a patch, …×h×w or …×N, with block and head dimensions.
-        heads: the dimensions of blocks and heads.
-
-    Returns:
-        the entries' shares, and the map's.
-    """
-    whole = estimate.sum(heads, keepdim=True)
-    total = whole.abs().sum(-1, keepdim=True)
-    factor = 1.0 / torch.where(total > 0, total, 1.0)
-    return estimate * factor, whole * factor
+__all__ = ["combined"]
 
 
 def combined(stream: Tensor, *direct: Tensor, heads: int | tuple[int, ...] = 1) -> Tensor:
@@ -43,7 +27,9 @@ def combined(stream: Tensor, *direct: Tensor, heads: int | tuple[int, ...] = 1) 
         >>> combined(stream, torch.tensor([[[2.0, -2.0]]]))
         tensor([[[0.3750, 0.2165]]])
     """
-    entries, whole = share(stream, heads)
-    for estimate in direct:
-        entries = entries + share(estimate, heads)[0]
-    return entries * whole.sqrt()
+    estimates = torch.stack([stream, *direct])
+    shifted = heads + 1 if isinstance(heads, int) else tuple(dim + 1 for dim in heads)
+    whole = estimates.sum(shifted, keepdim=True)
+    # Nothing divided by the smallest number is nothing.
+    total = whole.abs().sum(-1, keepdim=True).clamp_min(torch.finfo(whole.dtype).tiny)
+    return (estimates / total).sum(0) * (whole[0] / total[0]).sqrt()

@@ -95,17 +95,15 @@ class NormJacobian:
         """
         assert self.x_hat is not None and self.slope is not None
         scale, root = self.scale[..., None, :], self.x_hat.shape[-1] ** -0.5
-        right, left = [self.x_hat * root], [self.slope * root]
-        if self.centres:
-            mean = torch.full_like(self.x_hat, root)
-            right, left = [mean, *right], [mean, *left]
-        basis = torch.stack(right, -2)
-        back = basis if self.slope is self.x_hat else torch.stack(left, -2)
+        mean = [torch.full_like(self.x_hat, root)] if self.centres else []
+        basis = torch.stack([*mean, self.x_hat * root], -2)
+        same = self.slope is self.x_hat
+        back = basis if same else torch.stack([*mean, self.slope * root], -2)
         return scale, (basis * scale).mT, back
 
     def _project(self, v: Tensor, right: Tensor | None, left: Tensor | None) -> Tensor:
         out = v - v.mean(-1, keepdim=True) if self.centres else v
         if right is None or left is None:
             return out
-        along = v @ (right / v.shape[-1])[..., None]
-        return torch.addcmul(out, along, left[..., None, :], value=-1)
+        along = v @ right[..., None]
+        return torch.addcmul(out, along, left[..., None, :], value=-1.0 / v.shape[-1])

@@ -37,12 +37,9 @@ def paper_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
     """
     p = logits.softmax(-1)
     s = p.softmax(-1)
-    top = p.argmax(-1, keepdim=True)
-    # For the class on top s − p·s = Σ_k p_k(s_top − s_k), which does not cancel.
-    others = p.scatter(-1, top, 0.0)
-    at_top = s.gather(-1, top) * others.sum(-1, keepdim=True) - (others * s).sum(-1, keepdim=True)
-    r = p * (s - (p * s).sum(-1, keepdim=True)).scatter(-1, top, at_top)
-    return p, r
+    # Measured from the highest, s − p·s of the class on top does not cancel.
+    s = s - s.amax(-1, keepdim=True)
+    return p, p * (s - (p * s).sum(-1, keepdim=True))
 
 
 def logit_gradient(

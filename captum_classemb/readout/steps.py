@@ -124,6 +124,10 @@ class Step(ABC):
     def at(self, x: Tensor, frozen: bool = False) -> Derivative:
         """The derivative at some rows, with σ a constant if ``frozen``."""
 
+    def linearised(self, x: Tensor) -> tuple[Tensor, Derivative]:
+        """The value and the derivative together."""
+        return self(x), self.at(x)
+
     def offset(self) -> Tensor | None:
         """What the step adds by itself, computed from its biases: D or L×D; None if nothing."""
         return None
@@ -240,8 +244,10 @@ class Linear(Step):
         x = x.to(weight.dtype)
         if weight.dim() == 2:
             return F.linear(x, weight, bias)
-        y = product(x, weight.mT)
-        return y if bias is None else y + lifted(bias, y.dim())
+        if bias is None:
+            return product(x, weight.mT)
+        y = torch.baddbmm(bias[:, None], x.flatten(1, -2), weight.mT)
+        return y.unflatten(1, x.shape[1:-1])
 
     def at(self, x: Tensor, frozen: bool = False) -> Matrix:
         return Matrix(self.weight)
@@ -497,16 +503,25 @@ class Norm(Step):
             x = self._split(x)
             gamma, beta = (None if p is None else p.to(x.dtype) for p in (gamma, beta))
             return self._join(F.layer_norm(x, x.shape[-1:], gamma, beta, self.eps))
-        y = self.state(x).x_hat
-        y = y if gamma is None else y * lifted(gamma, y.dim())
-        return self._join(y if beta is None else y + lifted(beta, y.dim()))
+        return self._affine(self.state(x).x_hat)
 
     def at(self, x: Tensor, frozen: bool = False) -> Derivative:
-        state = self.state(x)
+        return self._at(self.state(x), frozen)
+
+    def _at(self, state: Normalised, frozen: bool) -> Derivative:
         gamma = self._parameters()[0]
         gamma = None if gamma is None else lifted(gamma, state.x_hat.dim())
         jacobian = NormJacobian.at(state, gamma, self.kind, frozen)
         return jacobian if self.groups == 1 else Grouped(jacobian, self.groups)
+
+    def linearised(self, x: Tensor) -> tuple[Tensor, Derivative]:
+        state = self.state(x)
+        return self._affine(state.x_hat), self._at(state, False)
+
+    def _affine(self, y: Tensor) -> Tensor:
+        gamma, beta = self._parameters()
+        y = y if gamma is None else y * lifted(gamma, y.dim())
+        return self._join(y if beta is None else y + lifted(beta, y.dim()))
 
     def offset(self) -> Tensor | None:
         beta = self._parameters()[1]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_classemb.errors import ClassEmbError, NonFiniteError, UnsupportedModelError
+from captum_classemb.vit.parts import refuse_non_finite
 
 __all__ = ["TOLERANCE", "Checks"]
 
@@ -35,6 +36,8 @@ class Checks:
 
     def __init__(self, model: str, tolerance: float) -> None:
         self.model = model
+        #: The images, looked at if something is not finite.
+        self.pixels: Tensor | None = None
         self.tolerance = tolerance
         self._identities: list[_Identity] = []
         self._conditions: list[tuple[Tensor, Callable[[], ClassEmbError]]] = []
@@ -66,7 +69,7 @@ class Checks:
             ClassEmbError: the error of a condition.
         """
         for holds, error in self._conditions:
-            if not bool(holds):
+            if not bool(holds.all()):
                 raise error()
         if not self._identities:
             return
@@ -84,11 +87,13 @@ class Checks:
     ) -> None:
         batch = identity.difference.shape[-1]
         for k, (d, s) in enumerate(zip(difference, size, strict=True)):
-            if d <= self.tolerance * s or d == 0.0:
+            if d <= self.tolerance * s < float("inf") or d == 0.0:
                 continue
             block, image = divmod(k, batch)
             where = f" of block {identity.blocks[block]}" if identity.blocks else ""
-            if not d < float("inf"):
+            if not d + s < float("inf"):
+                if self.pixels is not None:
+                    refuse_non_finite(self.pixels)
                 raise NonFiniteError(
                     f"{identity.what}{where} of {self.model} hold NaN or infinity for image "
                     f"{image}: finite values are needed (does the dtype overflow?)."

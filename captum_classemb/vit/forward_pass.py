@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ class ForwardPass:
         checks: identities to be compared at the end of the call.
         rows: the query rows.
         recording: further sites, where they were asked for.
+        rebuilt: the model's own readout of ``final``, where these are the rows it reads.
     """
 
     logits: Tensor
@@ -86,6 +88,7 @@ class ForwardPass:
     checks: Checks
     rows: slice
     recording: Recording | None = None
+    rebuilt: Tensor | None = None
     resid_pre: Tensor | None = None
     mlp_out: Tensor | None = None
     resid_post: Tensor | None = None
@@ -131,6 +134,16 @@ def forward_pass(
     return done
 
 
+@lru_cache(maxsize=32)
+def _head_columns(
+    heads: int, width: int, scale: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """(H·d)×H, which takes each head's part of a query to a column of its own, times a scale."""
+    with torch.inference_mode(False):
+        eye = torch.eye(heads, dtype=dtype, device=device)
+        return eye.repeat_interleave(width, 0) * scale
+
+
 @dataclass
 class _Kept:
     """What is kept of one attention module of one block."""
@@ -173,7 +186,6 @@ class _Recorder:
         self.buffer: Tensor | None = None
         self.free: Iterator[Tensor] = iter(())
         self.scores: list[Tensor] = []
-        self.spread: Tensor | None = None
         self.depth = 0
 
     def _regular(self, block: Block) -> bool:
@@ -239,9 +251,10 @@ class _Recorder:
         if self.beside and not last:
             return
         if last:
-            self.final = post[:, self.rows].clone()
+            rows = [post[:, self.rows], *(self.mlp if self.beside else ())]
+            self.ends = torch.stack(rows)
         if self.beside:
-            self.last_mlp = self.mlp[0].clone()
+            pass
         elif index in self.chosen:
             self._compare_block(index, upcast(post[:, self.rows]))
             self.mlp.clear()
@@ -357,12 +370,11 @@ class _Recorder:
         beside = key.transpose(1, 2)
         if rows > 1 or batch * heads == 1 or beside.stride(2) != width * beside.stride(3):
             return attention.weights(call, self.rows)
-        if self.spread is None:
-            # Heads side by side in one product, so that no key is copied.
-            eye = torch.eye(heads, dtype=upcast(query[..., :0]).dtype, device=query.device)
-            self.spread = eye.repeat_interleave(width, 0) * attention.scale()
+        # Heads side by side in one product, so that no key is copied.
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        spread = _head_columns(heads, width, attention.scale(), dtype, query.device)
         with no_autocast(query.device):
-            by_head = query.transpose(1, 2).reshape(batch, heads * width, 1) * self.spread
+            by_head = query.transpose(1, 2).reshape(batch, heads * width, 1) * spread
             self.scores.append(torch.bmm(upcast(beside.flatten(2)), by_head))
         return None
 
@@ -379,7 +391,7 @@ class _Recorder:
             shared = torch.stack(self.scores).mT.softmax(-1)[..., None, :]
             for modules, weights in zip(kept, shared, strict=True):
                 modules[0].weights = weights
-        done = ForwardPass(upcast(logits), upcast(self.final), [], self.checks, self.rows)
+        done = ForwardPass(upcast(logits), upcast(self.ends[0]), [], self.checks, self.rows)
         if self.beside:
             self._beside(done, kept)
         elif self.stream:
@@ -390,21 +402,23 @@ class _Recorder:
             for stage in done.stages:
                 self._compare_attention(stage)
         if self.beside:
-            total = done.resid_pre + torch.cat([s.attn_out for s in done.stages]) + done.mlp_out
+            outs = [stage.attn_out for stage in done.stages]
+            attn_out = outs[0] if len(outs) == 1 else torch.cat(outs)
+            total = done.resid_pre + attn_out + done.mlp_out
             self.checks.equal("outputs", self.chosen, total, done.resid_post)
         return done
 
     def _beside(self, done: ForwardPass, kept: list[list[_Kept]]) -> None:
         """The rows that lie beside the values: outputs of attention, the stream, and MLPs."""
         assert self.buffer is not None
-        count = self.final.shape[1]
+        count = done.final.shape[1]
         laid = self.buffer[:, :, :, -3 * count :].unflatten(3, (3, count))
         rows = upcast(laid.permute(3, 0, 1, 4, 2, 5).flatten(-2))
         for index, modules in enumerate(kept):
             modules[0].output = rows[0, index]
         done.resid_pre = rows[1]
-        done.resid_post = torch.cat([rows[1, 1:], done.final[None]])
-        written = torch.cat([rows[2, 1:], upcast(self.last_mlp)[None]])
+        # What enters a block, and what its MLP wrote, lie beside the values of the next.
+        done.resid_post, written = torch.cat([rows[1:, 1:], upcast(self.ends)[:, None]], 1)
         outer = [tuple(step.read() for step in self.vit.blocks[i].mlps[0].outer) for i in self.chosen]
         steps = stacked(outer)
         if steps is not None:

@@ -238,6 +238,13 @@ class Block:
     stream: int = 0
 
 
+def refuse_non_finite(inputs: Tensor) -> None:
+    """Raise NonFiniteError if a pixel is NaN or infinite."""
+    # The sum is finite if every pixel is: one pass, where isfinite takes four.
+    if not torch.isfinite(upcast(inputs).sum()):
+        raise NonFiniteError("inputs hold NaN or infinity: finite pixels are needed.")
+
+
 def split_heads(tokens: Tensor, heads: int) -> Tensor:
     """B×N×(H·d) to B×H×N×d."""
     batch, count, width = tokens.shape
@@ -360,8 +367,8 @@ class ViT(nn.Module):
         index = patch_index(image_size, self.grid(image_size), self.patch_size)
         return index[None, None]
 
-    def check_inputs(self, inputs: Tensor) -> None:
-        """Raise InputError unless ``inputs`` is a batch of images that the model takes."""
+    def check_inputs(self, inputs: Tensor, finite: bool = True) -> None:
+        """Raise InputError unless ``inputs`` is a batch of (finite) images that the model takes."""
         if inputs.dim() != 4:
             raise InputError(
                 f"inputs have shape {tuple(inputs.shape)}: a batch of images "
@@ -376,6 +383,5 @@ class ViT(nn.Module):
             wanted = f"{self.image_size[0]}×{self.image_size[1]}"
             raise InputError(f"inputs are {size[0]}×{size[1]} pixels: the model takes {wanted}.")
         self.grid(size)
-        # The sum is finite if every pixel is: one pass, where isfinite takes four.
-        if not torch.isfinite(upcast(inputs).sum()):
-            raise NonFiniteError("inputs hold NaN or infinity: finite pixels are needed.")
+        if finite:
+            refuse_non_finite(inputs)

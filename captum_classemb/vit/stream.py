@@ -57,7 +57,7 @@ class _Module:
     keys: Tensor
     values: Tensor
     query: Tensor
-    scale: list[float]
+    scaled: Tensor
     entry: list[Any]
     query_steps: list[Any]
     key_steps: list[Any]
@@ -118,7 +118,7 @@ class RowStream:
         scale = [a.scale() for a in attentions]
         factor: Any = scale[0]
         if len(set(scale)) > 1:
-            factor = torch.tensor(scale, device=made.device).view(-1, 1, 1, 1, 1)
+            factor = made.new_tensor(scale).view(-1, 1, 1, 1, 1)
         scores = (by_head * factor) @ keys.mT
         if any(b is not None for b in memories.bias):
             scores = torch.stack(
@@ -139,8 +139,8 @@ class RowStream:
                 # What a change of the gate's logit does to its product with x.
                 gated = x * step.gate * (1.0 - step.gate)
         return _Module(
-            attention, keys, values, by_head, scale, entry, query_steps, key_steps, projections,
-            path, gates, gated,
+            attention, keys, values, by_head, attention * factor, entry, query_steps, key_steps,
+            projections, path, gates, gated,
         )
 
     def _mlp(self, mlps: Sequence[MLP], middle: Tensor) -> tuple[Tensor, list[Any]]:
@@ -165,7 +165,7 @@ class RowStream:
 
         Returns:
             the cotangent of the block's input (B×Q×K×D), and of each attention module that of A·V
-            (z, B×Q×K×(H·d)) and A·v·z of each query row (B×H×Q×K×N).
+            (z, B×Q×K×(H·d)) and scale·A·v·z of each query row (B×H×Q×K×N).
         """
         chains, l = self._mlps[block]
         middle = cotangent
@@ -190,14 +190,15 @@ class RowStream:
     def _through_attention(self, module: _Module, l: int, z: Tensor) -> tuple[Tensor, Tensor]:
         """From a cotangent of A·V to that of what queries, keys and values are made of."""
         weights, keys, values = module.attention[l], module.keys[l], module.values[l]
-        query, scale = module.query[l], module.scale[l]
-        batch, heads, rows, tokens = weights.shape
+        query, scaled = module.query[l], module.scaled[l]
+        batch, heads, rows, _ = weights.shape
         count, width = z.shape[2], values.shape[-1]
         by_head = z.reshape(batch, rows * count, heads, width).transpose(1, 2)
         along = (by_head @ values.mT).unflatten(2, (rows, count))
-        a = weights[:, :, :, None]
-        carried = a * along
-        scores = torch.addcmul(carried, a, carried.sum(-1, keepdim=True), value=-1)
+        # Times the factor of the dot products, which the derivatives of queries and keys need.
+        carried = scaled[:, :, :, None] * along
+        total = carried.sum(-1, keepdim=True)
+        scores = torch.addcmul(carried, weights[:, :, :, None], total, value=-1)
         d_query = (scores.flatten(2, 3) @ keys).unflatten(2, (rows, count))
         own = scores[..., self.rows]
         if rows == 1:
@@ -207,17 +208,14 @@ class RowStream:
             d_key = torch.einsum("bhqkr,bhqd->bhrkd", own, query)
             by_row = by_head.unflatten(2, (rows, count))
             d_value = torch.einsum("bhqr,bhqkd->bhrkd", weights[..., self.rows], by_row)
-        parts = torch.stack([d_query, d_key, d_value])
-        parts[:2] *= scale
-        # 3×B×H×Q×K×d to B×Q×K×(H·d) each.
-        d_query, d_key, d_value = parts.permute(0, 1, 3, 4, 2, 5).unbind(0)
+        # B×H×Q×K×d to B×Q×K×H×d.
+        parts = [part.permute(0, 2, 3, 1, 4) for part in (d_query, d_key, d_value)]
         kept = sum(p.weight.shape[-2] for p in module.projections[l]) - heads * width
         groups = 2 * heads * width // kept
         if groups > 1:
-            d_key, d_value = (
-                g.unflatten(-2, (heads // groups, groups)).sum(-2) for g in (d_key, d_value)
-            )
-        d_query, d_key, d_value = (g.flatten(-2) for g in (d_query, d_key, d_value))
+            # Heads that share keys and values add up.
+            parts[1:] = [p.unflatten(-2, (heads // groups, groups)).sum(-2) for p in parts[1:]]
+        d_query, d_key, d_value = (part.flatten(-2) for part in parts)
         d_query = _back(module.query_steps, l, d_query)
         d_key = _back(module.key_steps, l, d_key)
         made = torch.cat([d_query, d_key, d_value], -1)
@@ -242,17 +240,17 @@ def _run(paths: Sequence[Sequence[Step]], x: Tensor) -> tuple[Tensor, list[Any]]
         what the last step returns; for each step its derivative, stacked or by block.
     """
     found: list[Any] = []
+    derivative: Any
     for column in zip(*paths, strict=True):
         read = [step.read() for step in column]
         whole = None if isinstance(read[0], Linear) else stacked([(step,) for step in read])
         if whole is not None:
-            derivative: Any = whole[0].at(x)
+            x, derivative = whole[0].linearised(x)
             if isinstance(derivative, NormJacobian):
                 derivative = derivative.factors()
-            x = whole[0](x)
         else:
-            derivative = [step.at(x[i]) for i, step in enumerate(read)]
-            x = torch.stack([step(x[i]) for i, step in enumerate(read)])
+            each = [step.linearised(x[i]) for i, step in enumerate(read)]
+            x, derivative = torch.stack([y for y, _ in each]), [d for _, d in each]
         found.append(derivative)
     return x, found
 
@@ -266,7 +264,9 @@ def _back(chain: Sequence[Any], l: int, cotangent: Tensor, onto: Tensor | None =
             scale, into, back = (part[l] for part in derivative)
             along = c @ into
             moved = c * scale if not first or onto is None else torch.addcmul(onto, c, scale)
-            c = moved - along @ back
+            c = torch.baddbmm(
+                moved.flatten(0, 1), along.flatten(0, 1), back.flatten(0, 1), alpha=-1.0
+            ).unflatten(0, moved.shape[:2])
             if first and onto is not None:
                 return c
         else:

@@ -89,6 +89,8 @@ def verify(vit: ViT, pixels: Tensor, forward_args: tuple[Any, ...] = ()) -> None
                 "no exact attribution is possible (was a forward method replaced?)."
             )
     _compare_token_order(vit, pixels[:1], forward_args)
+    if len(vit.verified) > 64:
+        vit.verified.clear()
     vit.verified.add(state)
 
 
@@ -131,6 +133,7 @@ def _compare_token_order(vit: ViT, pixels: Tensor, forward_args: tuple[Any, ...]
     """The pixels of a patch reach the token of that patch more than any other."""
     if any(isinstance(arg, Tensor) for arg in forward_args) or vit.blocks[0].stream:
         return
+    several = sum(isinstance(m, nn.Conv2d) for m in vit.model.modules()) > 1
     h, w = vit.grid((pixels.shape[2], pixels.shape[3]))
     places = sorted({0, w - 1, (h - 1) * w, h * w - 1, (h // 2) * w + w // 2, h * w // 3})
     mask = vit.feature_mask((pixels.shape[2], pixels.shape[3])).to(pixels.device)
@@ -144,7 +147,10 @@ def _compare_token_order(vit: ViT, pixels: Tensor, forward_args: tuple[Any, ...]
                 f"image of {pixels.shape[2]}×{pixels.shape[3]} pixels where {h}×{w} are expected."
             )
         moved = (patches[1] - patches[0]).square().sum(-1)
-        if not moved[place] >= moved.max() or not moved[place] > 0:
+        # A stem of several convolutions sees beyond the patch: its token need only move more.
+        rest = moved[torch.arange(h * w, device=moved.device) != place]
+        bound = rest.median() if several else 1e8 * rest.max()
+        if h * w > 1 and not (moved[place] > bound and moved[place] > 0):
             raise UnsupportedModelError(
                 f"the pixels of patch {place} (row {place // w}, column {place % w}) do not reach "
                 f"that patch's token of {type(vit.model).__qualname__}: pixels or tokens are moved "
