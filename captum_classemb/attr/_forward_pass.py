@@ -64,11 +64,21 @@ class ForwardPassAttribution(PatchAttribution):
         heads: Sequence[int] | None = None,
     ) -> None:
         super().__init__(model, readout)
-        self.blocks = choose(blocks, len(self.vit.blocks), "block")
+        self._named = blocks, heads
         self._every_head = heads is None
-        self.heads = choose(heads, max(head_counts(self.vit)), "head")
+        _ = self.blocks, self.heads
         if heads is not None:
             head_count(self.vit)
+
+    @property
+    def blocks(self) -> list[int]:
+        """The blocks used."""
+        return choose(self._named[0], len(self.vit.blocks), "block")
+
+    @property
+    def heads(self) -> list[int]:
+        """The heads used."""
+        return choose(self._named[1], max(head_counts(self.vit)), "head")
 
     # -- What a method says of itself
 

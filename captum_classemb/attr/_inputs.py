@@ -43,10 +43,12 @@ def images(
         raise InputError(f"inputs are a {type(inputs).__qualname__}: a tensor is needed.")
     # Noise that a consumer adds in float32 must not reach a half-precision model.
     pixels = inputs.detach().to(vit.dtype)
-    vit.check_inputs(pixels, finite)
+    if pixels.dim() != 4:
+        vit.check_inputs(pixels)
     if len(pixels) == 0:
         raise InputError("no image was given: the batch is empty.")
     verify(vit, pixels, args)
+    vit.check_inputs(pixels, finite)
     return pixels
 
 

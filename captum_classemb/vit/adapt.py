@@ -94,9 +94,16 @@ def adapt(model: nn.Module) -> ViT:
         raise UnsupportedModelError(
             f"a model of type {type(model).__qualname__} was given: an nn.Module is needed."
         )
+    vit = _read(model)
+    vit.adapter = _read
+    return vit
+
+
+def _read(model: nn.Module) -> ViT:
+    """What the adapter of the model says of it now."""
     inner = _unwrap(model)
     if inner is not None:
-        return adapt(inner)
+        return _read(inner)
     if type(model) is nn.Sequential and len(model) > 0:
         return _after_preprocessing(model)
     for ancestor in type(model).__mro__:
@@ -131,7 +138,7 @@ def _unwrap(model: nn.Module) -> nn.Module | None:
 
 def _after_preprocessing(model: nn.Sequential) -> ViT:
     """``Sequential(preprocessing, vit)``: inputs are what the preprocessing takes."""
-    inner = adapt(model[-1])
+    inner = _read(model[-1])
     fixed = inner.image_size
     grid = inner.grid if fixed is None else partial(_fixed_grid, inner, fixed)
     vit = ViT(

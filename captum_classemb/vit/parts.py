@@ -285,11 +285,23 @@ class ViT(nn.Module):
         self.image_size = image_size
         self.channels = channels
         self._grid = grid
+        #: The adapter that read the model, called again where its modules change.
+        self.adapter: Callable[[nn.Module], ViT] | None = None
         #: States of structure and weights for which the reading of the model was verified.
         self.verified: set[Any] = set()
+        #: Whether a layer is quantised, whose activations are rounded to eight bits.
+        self.quantised = False
         #: How the model is called, where its own forward needs more than images.
         self.call: Callable[..., Any] | None = None
         self.training = model.training
+
+    def read_again(self) -> None:
+        """Take every fact about the model from its layers as they are now."""
+        if self.adapter is None:
+            return
+        fresh = self.adapter(self.model)
+        kept = ("adapter", "verified", "training", "quantised")
+        self.__dict__.update({k: v for k, v in vars(fresh).items() if k not in kept})
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         output = (self.model if self.call is None else self.call)(*args, **kwargs)

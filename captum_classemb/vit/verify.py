@@ -56,8 +56,7 @@ def _tolerance(vit: ViT, pixels: Tensor, table: dict[torch.dtype, float]) -> flo
     if torch.is_autocast_enabled(pixels.device.type):
         dtype = torch.get_autocast_dtype(pixels.device.type)
     tolerance = table.get(dtype, table[torch.float32])
-    quantised = any("quantized" in type(module).__module__ for module in vit.model.modules())
-    return max(tolerance, QUANTISED) if quantised else tolerance
+    return max(tolerance, QUANTISED) if vit.quantised else tolerance
 
 
 def call_tolerance(vit: ViT, pixels: Tensor) -> float:
@@ -68,16 +67,22 @@ def call_tolerance(vit: ViT, pixels: Tensor) -> float:
 def verify(vit: ViT, pixels: Tensor, forward_args: tuple[Any, ...] = ()) -> None:
     """Compare reconstruction and model, unless this structure and these weights passed.
 
+    Where structure or weights changed, the adapter reads the model again first.
+
     Raises:
         UnsupportedModelError: if they differ by more than rounding.
         InputError: if the model is in train mode with something random active, or its forward
             pass is edited.
     """
-    refuse_random_forward(vit.model)
     refuse_edits()
-    state = (_state(vit), tuple(pixels.shape[1:]))
-    if state in vit.verified:
+    state, training = _state(vit)
+    if training:
+        refuse_random_forward(vit.model)
+    if (state, pixels.shape[1:]) in vit.verified:
         return
+    vit.read_again()
+    vit.check_inputs(pixels)
+    vit.quantised = any("quantized" in type(m).__module__ for m in vit.model.modules())
     tolerance = _tolerance(vit, pixels, WHOLE)
     # Further arguments may hold a row for each image of the batch.
     some = pixels if any(isinstance(arg, Tensor) for arg in forward_args) else pixels[:2]
@@ -91,23 +96,40 @@ def verify(vit: ViT, pixels: Tensor, forward_args: tuple[Any, ...] = ()) -> None
     _compare_token_order(vit, pixels[:1], forward_args)
     if len(vit.verified) > 64:
         vit.verified.clear()
-    vit.verified.add(state)
+    vit.verified.add((_state(vit)[0], pixels.shape[1:]))
 
 
-def _state(vit: ViT) -> int:
-    """A number that changes with parameters, modules, their hooks and replaced methods."""
+def _state(vit: ViT) -> tuple[int, bool]:
+    """A number that changes with tensors, modules, hooks, replaced methods and plain attributes.
+
+    Returns:
+        the number, and whether a module is in train mode.
+    """
     parts: list[Any] = []
-    for module in vit.model.modules():
-        parts.append((id(module), module.training))
-        for tensors in (module._parameters, module._buffers):
+    training = False
+    modules = [vit.model]
+    while modules:
+        module = modules.pop()
+        own = module.__dict__
+        parts.append(id(module))
+        training = training or own["training"]
+        for tensors in (own["_parameters"], own["_buffers"]):
             for t in tensors.values():
                 if t is not None:
-                    version = 0 if t.is_inference() else t._version
-                    parts.append((id(t), t.data_ptr(), version, t.dtype))
-        hooks = (module._forward_hooks, module._forward_pre_hooks)
-        if any(hooks) or "forward" in module.__dict__:
-            parts.append((tuple(tuple(map(id, h.values())) for h in hooks), id(module.forward)))
-    return hash(tuple(parts))
+                    parts += (id(t), t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype)
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+            hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
+            parts += (*map(id, hooks), id(own.get("forward")))
+        modules += [m for m in own["_modules"].values() if m is not None]
+    read = [vit.model, *vit.model.children()]
+    for block in vit.blocks:
+        read += [block.module, *(attention.module for attention in block.attentions)]
+    for module in read:
+        parts += [item for item in module.__dict__.items() if type(item[1]) in _PLAIN]
+    return hash(tuple(parts)), training
+
+
+_PLAIN = (int, float, bool, str, tuple)
 
 
 class _Reached(Exception):
