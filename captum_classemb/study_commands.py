@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from captum_classemb.runs.tables import Row
     from captum_classemb.studies.model_study import ModelStudy
 
-__all__ = ["StudyGroup", "study_dataset", "study_group"]
-
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 

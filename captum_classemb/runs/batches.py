@@ -13,8 +13,6 @@ from torch.utils.data import DataLoader, Dataset
 from captum_classemb.data import IGNORED, Sample, StudyDataset
 from captum_classemb.errors import DataError, InputError
 
-__all__ = ["Batch", "batch_plan", "chosen_images", "load_batches"]
-
 
 @dataclass(frozen=True)
 class Batch:

@@ -24,9 +24,9 @@ from torch.distributed import ReduceOp
 from torchmetrics import Metric
 from tqdm import tqdm
 
+from captum_classemb.atomic_file import write_atomically
 from captum_classemb.data import StudyDataset
 from captum_classemb.errors import OutputError
-from captum_classemb.files import write_atomically
 from captum_classemb.runs.batches import batch_plan, chosen_images, load_batches
 from captum_classemb.runs.processes import (
     all_reduce,
@@ -41,8 +41,6 @@ from captum_classemb.runs.storage import Checkpoint, Checkpoints, exclusive
 from captum_classemb.runs.study import Study
 from captum_classemb.runs.tables import Row, read_rows, write_rows
 from captum_classemb.versions import versions
-
-__all__ = ["RunOptions", "StudyResult", "run_study"]
 
 _RUN = "run.json"
 _CHECKPOINTS = "checkpoints"

@@ -12,19 +12,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = [
-    "COLOURS",
-    "SITE_NAMES",
-    "TOKEN_SERIES",
-    "Panel",
-    "Series",
-    "by_block",
-    "lines",
-    "new_figure",
-    "shared_legend",
-    "up_to_highest",
-]
-
 #: Of cividis and viridis: told apart in grey and by colour-blind readers.
 COLOURS = {"cls": "#440154", "image": "#2a788e", "class": "#22a884", "context": "#b8a22f"}
 SITE_NAMES = {"resid_post": "after block", "attn_out": "attention", "mlp_out": "MLP"}

@@ -15,8 +15,6 @@ from captum_classemb.studies.identifiability.metric import Accuracy, ClassIdenti
 from captum_classemb.studies.model_study import ModelStudy
 from captum_classemb.vit import Recording
 
-__all__ = ["UNPERTURBED", "PerturbationStudy"]
-
 UNPERTURBED = "unperturbed"
 
 

@@ -14,16 +14,6 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-__all__ = [
-    "KIND_COLOURS",
-    "depth_profile",
-    "fourier_lines",
-    "frequency_noise_lines",
-    "lesion_bars",
-    "step_pattern",
-    "similarity_matrix",
-]
-
 Floats = npt.NDArray[np.floating]
 
 KIND_COLOURS: Mapping[str, str] = {

@@ -19,14 +19,12 @@ from captum_classemb.dynamics.studies.dynamics_study import DynamicsStudy, numbe
 from captum_classemb.dynamics.trajectory import checkpoint_files, polar_trajectory
 from captum_classemb.models.load import read_checkpoint
 from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.catalogue import register_study
 from captum_classemb.runs.config import StudyConfig
+from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["HessianStudy", "LossLandscapeStudy", "LossStudy", "TrajectoryStudy"]
 
 _DECAY = click.Option(
     ["--weight-decay"], type=click.FloatRange(min=0), default=1e-4,

@@ -7,19 +7,17 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from torch import nn
 
-from captum_classemb.dynamics.depth import DepthMetrics, obedience
+from captum_classemb.dynamics.depth import DepthMetrics, sign_agreement
 from captum_classemb.dynamics.fourier import FourierAmplitude
 from captum_classemb.dynamics.studies.dynamics_study import DynamicsStudy, numbers, one_axis
 from captum_classemb.dynamics.variance import FeatureMapVariance
 from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.catalogue import register_study
 from captum_classemb.runs.config import StudyConfig
+from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row, select
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["FourierStudy", "VarianceStudy"]
 
 
 @register_study
@@ -55,10 +53,10 @@ class FourierStudy(DynamicsStudy):
                 name = f"delta_log_amplitude@{float(frequency):.4f}"
                 rows.append(self.row(name, value, n, step.block, step.kind))
         for kind, rises in (("attention", False), ("mlp", True), ("convolution", True)):
-            found = obedience(self.depth.steps, high, kind, rises)  # type: ignore[arg-type]
+            found = sign_agreement(self.depth.steps, high, kind, rises)  # type: ignore[arg-type]
             if found.steps:
                 name = f"share_{'raising' if rises else 'lowering'}_high_frequencies"
-                rows.append(self.row(name, found.obeying / found.steps, found.steps, -1, kind))
+                rows.append(self.row(name, found.agreeing / found.steps, found.steps, -1, kind))
         return rows
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
@@ -124,10 +122,10 @@ class VarianceStudy(DynamicsStudy):
             largest = variance.largest_channel()
             rows.append(self.row("largest_channel_share", largest, n, step.block, step.kind))
         for kind, rises in (("attention", False), ("mlp", True), ("convolution", True)):
-            found = obedience(self.depth.steps, values, kind, rises)  # type: ignore[arg-type]
+            found = sign_agreement(self.depth.steps, values, kind, rises)  # type: ignore[arg-type]
             if found.steps:
                 name = f"share_{'raising' if rises else 'lowering'}_variance"
-                rows.append(self.row(name, found.obeying / found.steps, found.steps, -1, kind))
+                rows.append(self.row(name, found.agreeing / found.steps, found.steps, -1, kind))
         return rows
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:

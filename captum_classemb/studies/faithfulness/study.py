@@ -32,8 +32,8 @@ from captum_classemb.evaluation.removal_curves import Perturbation
 from captum_classemb.evaluation.removal_order import MEASURES
 from captum_classemb.readout import LinearProbe, load_readout
 from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.catalogue import register_study
 from captum_classemb.runs.config import StudyConfig
+from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row
 from captum_classemb.studies.faithfulness.figure import draw
 from captum_classemb.studies.model_study import ModelStudy
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from captum_classemb.data import StudyDataset
-
-__all__ = ["METHODS", "FaithfulnessStudy"]
 
 METHODS: dict[str, Callable[..., PatchAttribution]] = {
     "patch-importance": PatchImportance,
