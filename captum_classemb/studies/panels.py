@@ -95,7 +95,7 @@ def lines(
         chosen = sorted(select(rows, **one.rows), key=lambda row: row.block)
         if not chosen:
             continue
-        blocks = [row.block + 1 for row in chosen]
+        blocks = [row.block for row in chosen]
         drawn.update(blocks)
         axis.plot(
             blocks, [row.value for row in chosen], one.style, color=one.colour, label=one.label,
