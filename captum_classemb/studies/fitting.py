@@ -19,7 +19,7 @@ from captum_classemb.studies.linear_probing.metric import (
     MEMORY_LIMIT,
     ProbeStatistics,
     plan_probes,
-    stack_heads,
+    stack_probes,
 )
 from captum_classemb.vit import Recording, ViT, adapt, record
 
@@ -132,7 +132,7 @@ def fit_linear_probe(
                 _check_positions(positions, hidden)
                 statistics.update(index, own.normalise(hidden[:, which]), labels)
         solved += [statistics.solve(index, alpha=alpha) for index in range(len(probes))]
-    heads = dict(stack_heads(list(chain(*plan.passes)), solved))
+    heads = dict(stack_probes(list(chain(*plan.passes)), solved))
     return LinearProbe(vit.readout, heads, vit.prefix_tokens, positions)
 
 
@@ -195,7 +195,7 @@ def fit_logistic_probe(
                 features = own.normalise(hidden[:, which])
                 trainer.slow_down(1.0 - epoch / epochs)
                 trainer.step(features.flatten(0, 1), labels.repeat_interleave(features.shape[1]))
-    heads = dict(stack_heads(probes, [trainer.head for trainer in trainers]))
+    heads = dict(stack_probes(probes, [trainer.head for trainer in trainers]))
     return LinearProbe(vit.readout, heads, vit.prefix_tokens, positions)
 
 

@@ -151,7 +151,7 @@ class ProbeStatistics(StreamMetric):
         return [self.solve(probe) for probe in range(len(self.gram))]
 
 
-def stack_heads(
+def stack_probes(
     probes: Sequence[tuple[Place, slice]], solved: Sequence[tuple[Tensor, Tensor]]
 ) -> Iterator[tuple[Place, ProbeHeads]]:
     """The classifiers of each place side by side, float32.
