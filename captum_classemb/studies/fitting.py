@@ -16,15 +16,13 @@ from captum_classemb.readout.placed import Place
 from captum_classemb.readout.probe import features_of, probe_tokens
 from captum_classemb.readout.training import LogisticTrainer, TranslatorTrainer
 from captum_classemb.studies.linear_probing.metric import (
+    FITTED_SITES,
     MEMORY_LIMIT,
     ProbeStatistics,
     plan_probes,
     stack_probes,
 )
 from captum_classemb.vit import Recording, ViT, adapt, record
-
-#: What readouts are fitted to unless other sites are named.
-FITTED_SITES = ("resid_post", "attn_out", "mlp_out")
 
 #: Images and labels; anything after them is passed over.
 Batches = Iterable[Sequence[Tensor]]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from captum_classemb.edit.tokens import refuse_class_attention
 from captum_classemb.runs.config import StudyConfig
 from captum_classemb.runs.tables import Row, select
-from captum_classemb.studies.identifiability.metric import Accuracy, ClassIdentifiability
+from captum_classemb.studies.class_identifiability import Accuracy, ClassIdentifiability
 from captum_classemb.studies.model_study import ModelStudy
 from captum_classemb.vit import Recording
 

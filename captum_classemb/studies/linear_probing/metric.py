@@ -13,6 +13,8 @@ from captum_classemb.readout import ProbeHeads
 from captum_classemb.readout.placed import Place
 from captum_classemb.studies.group_means import StreamMetric
 
+#: What readouts are fitted to unless other sites are named.
+FITTED_SITES = ("resid_post", "attn_out", "mlp_out")
 #: Bytes of sums that are held at once unless something else is asked for.
 MEMORY_LIMIT = 1_000_000_000
 

@@ -24,8 +24,8 @@ from captum_classemb.runs.config import StudyConfig
 from captum_classemb.runs.processes import all_reduce
 from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row, select
-from captum_classemb.studies.fitting import FITTED_SITES
 from captum_classemb.studies.linear_probing.metric import (
+    FITTED_SITES,
     ProbeStatistics,
     plan_probes,
     stack_probes,
