@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from captum_classemb.studies.group_means import StreamMetric, group_sums
+from captum_classemb.studies.group_means import SumMetric, group_sums
 from captum_classemb.studies.token_groups import GROUPS
 
 
@@ -29,8 +29,8 @@ class Identifiability(NamedTuple):
     images_counted: Tensor
 
 
-class ClassIdentifiability(StreamMetric):
-    """How high the correct class stands among the logits of tokens.
+class ClassIdentifiability(SumMetric):
+    """Mean and rate of class identifiability over tokens.
 
     Args:
         rows: R, for example blocks × sites.
@@ -87,7 +87,7 @@ class ClassIdentifiability(StreamMetric):
         )
 
 
-class Accuracy(StreamMetric):
+class Accuracy(SumMetric):
     """Share of images that the model itself classifies correctly."""
 
     correct: Tensor

@@ -1,4 +1,4 @@
-"""What studies of perturbed forward passes have in common: each pass counted beside the others."""
+"""The base class of studies that compare perturbed forward passes."""
 
 from __future__ import annotations
 

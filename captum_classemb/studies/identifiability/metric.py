@@ -1,4 +1,4 @@
-"""What a block does to the class a token stands for (Vilas et al. §4.2, §5)."""
+"""Class similarity change rate and residual composition (Vilas et al. §4.2, §5)."""
 
 from __future__ import annotations
 

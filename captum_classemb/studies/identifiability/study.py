@@ -1,4 +1,4 @@
-"""Where and how the class arises: identifiability, change rates, residual composition."""
+"""The study of identifiability, change rates and residual composition."""
 
 from __future__ import annotations
 
