@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from captum_classemb.errors import OutputError
+from captum_classemb.atomic_file import write_atomically
 from captum_classemb.explorer.contents import Contents, lighter
 
 _LIBRARIES = ("d3.min.js", "plot.umd.min.js")
@@ -46,15 +46,7 @@ class ExplorerPage:
         Raises:
             OutputError: if it cannot be written.
         """
-        path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self.document, encoding="utf-8")
-        except OSError as error:
-            raise OutputError(
-                f"The page {path} cannot be written ({error.strerror or error}): "
-                "choose another place for it."
-            ) from error
+        write_atomically(Path(path), self.document.encode())
 
     def _repr_html_(self) -> str:
         # A frame of its own, so that neither the notebook's styles nor the page's leak.
