@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from captum_classemb.attr._base import choose
 from captum_classemb.errors import InputError
-from captum_classemb.readout import LinearProbe, Translator, TunedLens
+from captum_classemb.readout import ClassEmbedding, LinearProbe, Translator, TunedLens
 from captum_classemb.readout.placed import Place
 from captum_classemb.readout.probe import features_of, probe_tokens
 from captum_classemb.readout.training import LogisticTrainer, TranslatorTrainer
@@ -59,6 +59,12 @@ def _recordings(
 
 def _places(vit: ViT, sites: Sequence[str], blocks: Sequence[int] | None) -> list[Place]:
     return list(product(choose(blocks, len(vit.blocks), "block"), sites))
+
+
+def _sizes(vit: ViT, num_classes: int | None) -> tuple[ClassEmbedding, int, int]:
+    """The readout that normalises features, C and D."""
+    own = features_of(vit.readout)
+    return own, num_classes or vit.readout.num_classes, own.parts[0].head.weight.shape[1]
 
 
 def _check_positions(positions: Sequence[int] | None, tokens: Tensor) -> None:
@@ -114,9 +120,7 @@ def fit_linear_probe(
         torch.Size([1, 65, 10])
     """
     vit = adapt(model)
-    own = features_of(vit.readout)
-    classes = num_classes or vit.readout.num_classes
-    width = own.parts[0].head.weight.shape[1]
+    own, classes, width = _sizes(vit, num_classes)
     tokens = probe_tokens(vit.prefix_tokens, positions)
     plan = plan_probes(_places(vit, sites, blocks), tokens, width, classes, 1, memory_limit)
     log(str(plan))
@@ -178,9 +182,7 @@ def fit_logistic_probe(
         torch.Size([1, 65, 10])
     """
     vit = adapt(model)
-    own = features_of(vit.readout)
-    classes = num_classes or vit.readout.num_classes
-    width = own.parts[0].head.weight.shape[1]
+    own, classes, width = _sizes(vit, num_classes)
     _again(batches, epochs)
     tokens = probe_tokens(vit.prefix_tokens, positions)
     probes = list(product(_places(vit, sites, blocks), tokens))
