@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from captum_classemb.runs.tables import Row
     from captum_classemb.studies.model_study import ModelStudy
 
-__all__ = ["StudyGroup", "study_dataset", "study_group"]
-
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -216,7 +214,7 @@ def _print_rows(rows: Sequence[Row]) -> None:
     """A line for each number."""
     lines = [("metric", "block", "site", "tokens", "value", "n")]
     for row in rows:
-        block = "" if row.block < 0 else str(row.block + 1)
+        block = "" if row.block < 0 else str(row.block)
         tokens = row.tokens if row.group == "all" else row.group
         lines.append((row.metric, block, row.site, tokens, f"{row.value:.4f}", str(row.n)))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]

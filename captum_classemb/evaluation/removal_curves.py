@@ -1,4 +1,4 @@
-"""Removal curves: what a model still says as patches go, least or most important first."""
+"""Removal curves: predictions as patches are removed, least or most important first."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from captum_classemb.evaluation.areas import area, removal_counts
 from captum_classemb.evaluation.removal_order import MEASURES, outcomes, patch_sums, removal_order
 from captum_classemb.functional.grid import tile
 from captum_classemb.vit import ViT, adapt, record
-
-__all__ = ["Perturbation", "RemovalCurve", "RemovalCurves", "removal_curves"]
 
 Perturbation = Literal["tokens", "mean", "blur"]
 

@@ -1,4 +1,4 @@
-"""What removal curves are made of: scores of patches, their order, and what the model says."""
+"""Parts of removal curves: scores of patches, their order, and measures of the prediction."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from torch import Tensor
 
 from captum_classemb.errors import InputError, NonFiniteError
 from captum_classemb.functional.grid import patch_index
-
-__all__ = ["MEASURES", "outcomes", "patch_sums", "removal_order"]
 
 #: What is measured at each point of a removal curve.
 MEASURES = ("accuracy", "probability", "logit")

@@ -17,10 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from captum_classemb.errors import OutputError
+from captum_classemb.atomic_file import write_atomically
 from captum_classemb.explorer.contents import Contents, lighter
-
-__all__ = ["ExplorerPage", "explorer_page"]
 
 _LIBRARIES = ("d3.min.js", "plot.umd.min.js")
 # In the order of their imports.
@@ -48,15 +46,7 @@ class ExplorerPage:
         Raises:
             OutputError: if it cannot be written.
         """
-        path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self.document, encoding="utf-8")
-        except OSError as error:
-            raise OutputError(
-                f"The page {path} cannot be written ({error.strerror or error}): "
-                "choose another place for it."
-            ) from error
+        write_atomically(Path(path), self.document.encode())
 
     def _repr_html_(self) -> str:
         # A frame of its own, so that neither the notebook's styles nor the page's leak.
@@ -80,7 +70,8 @@ def explorer_page(contents: Contents) -> ExplorerPage:
         One block, 2×2 patches behind a CLS token, two classes, and maps of one method without
         heads:
 
-        >>> from captum_classemb.explorer import MethodMaps, quantise
+        >>> from captum_classemb.explorer.contents import MethodMaps
+        >>> from captum_classemb.explorer.quantise import quantise
         >>> parts = np.array([[0.5, 0.1], [0.2, 0.2]]).reshape(1, 1, 1, 2, 2)
         >>> method = MethodMaps(
         ...     key="mine",

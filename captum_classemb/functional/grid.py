@@ -7,9 +7,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["patch_index", "spread", "tile"]
-
-
 PatchSize = tuple[int, int]
 
 

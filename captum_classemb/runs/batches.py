@@ -13,8 +13,6 @@ from torch.utils.data import DataLoader, Dataset
 from captum_classemb.data import IGNORED, Sample, StudyDataset
 from captum_classemb.errors import DataError, InputError
 
-__all__ = ["Batch", "batch_plan", "chosen_images", "load_batches"]
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -73,7 +71,7 @@ def batch_plan(images: Sequence[int], batch_size: int) -> list[list[int]]:
 
 
 class _Guarded(Dataset[Any]):
-    """Errors travel as values: a worker process would bury them in its traceback."""
+    """Returns errors as values: a worker process would hide them in its traceback."""
 
     def __init__(self, data: StudyDataset) -> None:
         self.data = data

@@ -12,8 +12,6 @@ from torch import nn
 
 from captum_classemb.functional.variant import Variant
 
-__all__ = ["StudyConfig", "weights_digest"]
-
 
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 of every parameter and buffer: other weights have another."""

@@ -24,9 +24,9 @@ from torch.distributed import ReduceOp
 from torchmetrics import Metric
 from tqdm import tqdm
 
+from captum_classemb.atomic_file import write_atomically
 from captum_classemb.data import StudyDataset
 from captum_classemb.errors import OutputError
-from captum_classemb.files import write_atomically
 from captum_classemb.runs.batches import batch_plan, chosen_images, load_batches
 from captum_classemb.runs.processes import (
     all_reduce,
@@ -41,8 +41,6 @@ from captum_classemb.runs.storage import Checkpoint, Checkpoints, exclusive
 from captum_classemb.runs.study import Study
 from captum_classemb.runs.tables import Row, read_rows, write_rows
 from captum_classemb.versions import versions
-
-__all__ = ["RunOptions", "StudyResult", "run_study"]
 
 _RUN = "run.json"
 _CHECKPOINTS = "checkpoints"
@@ -72,7 +70,7 @@ class RunOptions:
 
 @dataclass
 class StudyResult:
-    """What a study found.
+    """The result of a study.
 
     Attributes:
         tables: rows by table name.
@@ -94,7 +92,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _open_folder(output: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any]:
-    """Make the folder, or see that it is the one to go on with; what ``run.json`` says."""
+    """Make the folder, or check that its run can be resumed; return what ``run.json`` holds."""
     path = output / _RUN
     if path.is_file():
         if not resume:
@@ -180,7 +178,7 @@ def run_study(
             for notice in notices:
                 tqdm.write(notice, file=sys.stderr)
         checkpoints = Checkpoints(output / _CHECKPOINTS, get_rank())
-        _stream(study, data, plan, checkpoints, options, torch.device(device))
+        _run_passes(study, data, plan, checkpoints, options, torch.device(device))
         study.metrics.cpu()
         tables = study.tables()
         images = len({index for batches in plan for batch in batches for index in batch})
@@ -201,7 +199,7 @@ def _plan(study: Study, data: StudyDataset, options: RunOptions) -> list[list[li
     return [batch_plan(part, options.batch_size) for part in study.passes(data, images)]
 
 
-def _stream(
+def _run_passes(
     study: Study,
     data: StudyDataset,
     plan: Sequence[Sequence[list[int]]],
@@ -260,7 +258,7 @@ def _stream(
 def _restore(
     study: Study, checkpoints: Checkpoints, resume: bool, device: torch.device
 ) -> tuple[int, int]:
-    """Go back to where all processes were: the pass, and this one's batches done in it."""
+    """Restore the last pass that all processes reached: its number, and the batches done in it."""
     stored = checkpoints.load() if resume else iter(())
     newest = next(stored, Checkpoint(0, 0, {}))
     number = _least(newest.number)

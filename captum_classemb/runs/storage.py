@@ -14,10 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from captum_classemb.atomic_file import write_atomically
 from captum_classemb.errors import OutputError
-from captum_classemb.files import write_atomically
-
-__all__ = ["Checkpoint", "Checkpoints", "exclusive"]
 
 _GENERATIONS = 2
 #: Of the SHA-256 that a file begins with, in hexadecimal digits.
@@ -26,7 +24,7 @@ _DIGEST_LENGTH = 64
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock file; the system lets go of it when the process ends, however it ends.
+    """Hold a lock file, which the system releases when the process ends, even if it is killed.
 
     Raises:
         OutputError: if another process holds it.
@@ -57,7 +55,7 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 class Checkpoint(NamedTuple):
-    """How far a process had come.
+    """The progress of one process.
 
     Attributes:
         number: the pass, counted from 0.

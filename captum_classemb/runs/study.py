@@ -1,4 +1,4 @@
-"""What a study is: it takes batches, keeps sums, and gives tables and figures."""
+"""The base class of studies."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from captum_classemb.data import StudyDataset
-
-__all__ = ["Study"]
 
 
 class Study(ABC):

@@ -16,13 +16,11 @@ from captum_classemb.runs.batches import Batch
 from captum_classemb.runs.config import StudyConfig, weights_digest
 from captum_classemb.runs.study import Study
 from captum_classemb.runs.tables import Row
+from captum_classemb.studies.class_identifiability import Identifiability
 from captum_classemb.studies.group_means import ClassContextDifference, Means
-from captum_classemb.studies.identifiability.metric import Identifiability
 from captum_classemb.studies.token_groups import GROUPS, membership
 from captum_classemb.studies.token_reader import TokenReader
 from captum_classemb.vit import ViT, adapt
-
-__all__ = ["ModelStudy"]
 
 #: (block, site) of each row of a metric.
 Places = Sequence[tuple[int, str]]
@@ -45,7 +43,7 @@ class ModelStudy(Study):
         self.vit: ViT = adapt(config.model)
         readout = config.readout or self.vit.readout
         if not isinstance(readout, Readout):
-            raise InputError(f"the readout to study with is a {type(readout).__name__}, no Readout.")
+            raise InputError(f"a {type(readout).__name__} is no readout to study with.")
         self.readout = readout
         self.variant: Variant = config.variant
         self._readers: dict[int, TokenReader] = {}

@@ -1,4 +1,4 @@
-"""Which tokens a number is the mean of: CLS, or the image's, or those of the object or not."""
+"""Groups of tokens: CLS, image tokens, and those on and off the object."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from torch import Tensor
 
 from captum_classemb.data import CONTEXT, OBJECT
 from captum_classemb.errors import InputError
-
-__all__ = ["GROUPS", "membership"]
 
 #: (tokens, group) in the order in which metrics give their numbers.
 GROUPS = (("cls", "all"), ("image", "all"), ("image", "class"), ("image", "context"))

@@ -21,7 +21,7 @@ from captum_classemb.dynamics.fourier import FourierAmplitude
 from captum_classemb.dynamics.hessian import top_eigenvalues
 from captum_classemb.dynamics.studies.curvature import HessianStudy, TrajectoryStudy
 from captum_classemb.dynamics.studies.fourier_and_variance import FourierStudy
-from captum_classemb.dynamics.tracing.steps import find_steps, record_steps
+from captum_classemb.dynamics.tracing.traced_steps import find_steps, record_steps
 from captum_classemb.runs import StudyConfig, read_rows, run_study, select
 from captum_classemb.studies import all_studies
 

@@ -14,16 +14,16 @@ from torchmetrics import MeanMetric
 
 from captum_classemb.cli import cli
 from captum_classemb.errors import InputError
-from captum_classemb.runs import Row, Study, StudyConfig, catalogue, read_rows, register_study
+from captum_classemb.runs import Row, Study, StudyConfig, read_rows, register_study, registry
 from captum_classemb.runs.batches import Batch
 from captum_classemb.studies import all_studies
 
 
 @pytest.fixture(autouse=True)
-def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+def restored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Registers what a test registers until it ends."""
     all_studies()
-    monkeypatch.setattr(catalogue, "_registered", dict(catalogue._registered))
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
 
 
 class Brightness(Study):

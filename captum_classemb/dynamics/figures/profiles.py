@@ -14,16 +14,6 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-__all__ = [
-    "KIND_COLOURS",
-    "depth_profile",
-    "fourier_lines",
-    "frequency_noise_lines",
-    "lesion_bars",
-    "step_pattern",
-    "similarity_matrix",
-]
-
 Floats = npt.NDArray[np.floating]
 
 KIND_COLOURS: Mapping[str, str] = {
@@ -36,7 +26,7 @@ KIND_COLOURS: Mapping[str, str] = {
 _NAMES = {"mlp": "MLP"}
 #: Colours of models: told apart in grey and by colour-blind readers.
 COLOURS = ("#31688e", "#b5367a", "#1f9e6e", "#c98a00", "#5c4b8a")
-MARKERS = ("D", "o", "s", "^", "v")
+_MARKERS = ("D", "o", "s", "^", "v")
 
 
 def _depth_map() -> ListedColormap:
@@ -51,6 +41,23 @@ def _pi_axis(axis: Axes) -> None:
     axis.set_xticks([0, np.pi / 4, np.pi / 2, 3 * np.pi / 4, np.pi])
     axis.set_xticklabels(["0", "π/4", "π/2", "3π/4", "π"])
     axis.set_xlabel("frequency (radians per cell)")
+
+
+def model_line(
+    axis: Axes,
+    index: int,
+    name: str,
+    x: npt.ArrayLike,
+    y: npt.ArrayLike,
+    markersize: float = 4.5,
+    linewidth: float = 1.6,
+) -> None:
+    """Draw the line of one of several models, in the colour and with the marker of its index."""
+    axis.plot(
+        x, y, color=COLOURS[index % len(COLOURS)], marker=_MARKERS[index % len(_MARKERS)],
+        markersize=markersize, linewidth=linewidth, label=name, markeredgecolor="white",
+        markeredgewidth=0.5,
+    )  # fmt: skip
 
 
 def tidy(axis: Axes) -> None:
@@ -112,11 +119,7 @@ def depth_profile(
         shade = KIND_COLOURS.get(kinds[i], "#ffffff")
         axis.axvspan((i - 1) / last, i / last, color=shade, alpha=0.55, linewidth=0)
     for i, (name, line) in enumerate(values.items()):
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        axis.plot(
-            np.arange(len(line)) / last, line, color=colour, marker=marker, markersize=4.5,
-            linewidth=1.6, label=name, markeredgecolor="white", markeredgewidth=0.5,
-        )  # fmt: skip
+        model_line(axis, i, name, np.arange(len(line)) / last, line)
     axis.set_xlim(-0.01, 1.01)
     axis.set_xlabel("normalised depth")
     axis.set_ylabel(label)
@@ -151,11 +154,7 @@ def frequency_noise_lines(
     """
     for i, (name, values) in enumerate(accuracies.items()):
         decline = 100 * (np.asarray(values)[1:] - np.asarray(values)[0])
-        axis.plot(
-            frequencies, decline, color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % 5],
-            markersize=5, linewidth=1.8, label=name, markeredgecolor="white",
-            markeredgewidth=0.5,
-        )  # fmt: skip
+        model_line(axis, i, name, frequencies, decline, markersize=5, linewidth=1.8)
     _pi_axis(axis)
     tidy(axis)
     axis.set_xlabel("frequency of the noise (radians per pixel)")
@@ -215,13 +214,13 @@ def lesion_bars(
     width = 0.8 / len(sorts)
     for i, sort in enumerate(sorts):
         chosen = [j for j, kind in enumerate(kinds) if kind == sort]
-        x = np.array([blocks[j] + 1 for j in chosen]) + (i - (len(sorts) - 1) / 2) * width
+        x = np.array([blocks[j] for j in chosen]) + (i - (len(sorts) - 1) / 2) * width
         axis.bar(
             x, [100 * accuracies[j] for j in chosen], width * 0.92, label=_NAMES.get(sort, sort),
             color=_SOLID.get(sort, "#8a8a8a"),
         )  # fmt: skip
     axis.axhline(100 * whole, color="#222222", linewidth=1, linestyle=(0, (4, 3)))
-    axis.set_xticks(sorted({b + 1 for b in blocks}))
+    axis.set_xticks(sorted(set(blocks)))
     axis.set_ylim(0, 104)
     axis.set_xlabel("block")
     axis.set_ylabel("accuracy without it (%)")

@@ -15,14 +15,12 @@ from captum_classemb.dynamics.corruptions import SUBSET, corrupt
 from captum_classemb.dynamics.robustness import Quality, Robustness
 from captum_classemb.dynamics.studies.dynamics_study import DynamicsStudy
 from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.catalogue import register_study
 from captum_classemb.runs.config import StudyConfig
+from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["RobustnessStudy"]
 
 _LABELS = {"accuracy": "accuracy", "nll": "NLL (nats)", "ece": "calibration error"}
 

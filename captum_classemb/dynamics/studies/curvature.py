@@ -19,14 +19,12 @@ from captum_classemb.dynamics.studies.dynamics_study import DynamicsStudy, numbe
 from captum_classemb.dynamics.trajectory import checkpoint_files, polar_trajectory
 from captum_classemb.models.load import read_checkpoint
 from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.catalogue import register_study
 from captum_classemb.runs.config import StudyConfig
+from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["HessianStudy", "LossLandscapeStudy", "LossStudy", "TrajectoryStudy"]
 
 _DECAY = click.Option(
     ["--weight-decay"], type=click.FloatRange(min=0), default=1e-4,
@@ -42,7 +40,7 @@ _COUNT = click.Option(
 
 
 class LossStudy(DynamicsStudy):
-    """A study of the training loss: of augmented images, with L2, as the paper insists.
+    """A study of the training loss: of augmented images and with L2, as in the paper.
 
     Args:
         config: the model and how it is studied.

@@ -22,8 +22,6 @@ from captum_classemb.runs.tables import Row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["OTHER_MODEL", "DynamicsStudy", "OtherModel", "numbers", "one_axis"]
-
 #: Parameters of studies that compare with a second model.
 OTHER_MODEL = (
     click.Option(["--other"], metavar="NAME", help="A second model, as for --model."),
@@ -93,7 +91,7 @@ class DynamicsStudy(Study):
 
 
 class OtherModel(nn.Module):
-    """A second model that sees the images of the first one, normalised as it wants them.
+    """A second model that reads the images of the first one, normalised for itself.
 
     Args:
         config: the first model.

@@ -19,16 +19,14 @@ from captum_classemb.dynamics.studies.dynamics_study import (
     numbers,
     one_axis,
 )
-from captum_classemb.dynamics.tracing.steps import find_steps, record_steps
+from captum_classemb.dynamics.tracing.traced_steps import find_steps, record_steps
 from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.catalogue import register_study
 from captum_classemb.runs.config import StudyConfig, weights_digest
+from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row, select
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["CKAStudy", "FrequencyNoiseStudy", "LesionStudy"]
 
 
 def _digest(other: OtherModel | None) -> str:

@@ -8,8 +8,6 @@ from math import inf, sqrt
 
 from torch import Tensor, nn
 
-__all__ = ["as_feature_map", "evaluating", "layout_of"]
-
 # More prefix tokens than any family has; a search bound where the model names no number.
 _MOST_PREFIX_TOKENS = 16
 
@@ -27,7 +25,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def layout_of(model: nn.Module) -> tuple[int | None, bool]:
-    """What the model says of itself: number of prefix tokens, and whether channels come last."""
+    """The number of prefix tokens that the model declares, and whether its channels come last."""
     prefix: int | None = None
     channels_last = False
     for module in (model, getattr(model, "model", None)):

@@ -1,4 +1,4 @@
-"""One forward pass written down as events: which module ran, what was added, what mixed what."""
+"""A forward pass recorded as events: modules entered and left, additions, mixing operations."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from captum_classemb.hooks import after, before, hooks_removed
-
-__all__ = ["Event", "key", "trace"]
 
 EventKind = Literal[
     "enter", "exit", "add", "attention", "convolution", "pooling", "linear", "activation"
@@ -87,7 +85,7 @@ class _Tracer(TorchFunctionMode):
 
 
 def trace(model: nn.Module, images: Tensor) -> list[Event]:
-    """Run ``model`` once on ``images`` B×3×H×W, without gradients, and tell what happened."""
+    """Run ``model`` once on ``images`` B×3×H×W, without gradients, and return the events."""
     tracer = _Tracer()
     handles: list[RemovableHandle] = []
 

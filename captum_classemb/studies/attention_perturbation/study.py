@@ -1,4 +1,4 @@
-"""What image tokens owe to each other and to CLS: attention cut off (Vilas et al. §4.2)."""
+"""Identifiability when attention to image tokens or to CLS is knocked out (Vilas et al. §4.2)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from captum_classemb.edit import knock_out, no_cls, self_only
 from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.catalogue import register_study
 from captum_classemb.runs.config import StudyConfig
+from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row
 from captum_classemb.studies.attention_perturbation.figure import draw
 from captum_classemb.studies.perturbation import UNPERTURBED, PerturbationStudy
@@ -16,8 +16,6 @@ from captum_classemb.vit import record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["AttentionPerturbationStudy"]
 
 
 @register_study

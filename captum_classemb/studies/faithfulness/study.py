@@ -1,4 +1,4 @@
-"""Whether maps show what the model uses: removal curves and localisation of several methods."""
+"""Faithfulness of attribution methods: removal curves and localisation."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from captum_classemb.evaluation.removal_curves import Perturbation
 from captum_classemb.evaluation.removal_order import MEASURES
 from captum_classemb.readout import LinearProbe, load_readout
 from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.catalogue import register_study
 from captum_classemb.runs.config import StudyConfig
+from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row
 from captum_classemb.studies.faithfulness.figure import draw
 from captum_classemb.studies.model_study import ModelStudy
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from captum_classemb.data import StudyDataset
-
-__all__ = ["METHODS", "FaithfulnessStudy"]
 
 METHODS: dict[str, Callable[..., PatchAttribution]] = {
     "patch-importance": PatchImportance,
@@ -65,7 +63,7 @@ _NOWHERE = (-1, "")
 
 @register_study
 class FaithfulnessStudy(ModelStudy):
-    """How the prediction fades as patches go, least or most important first, method by method.
+    """Removal curves and localisation of several attribution methods.
 
     Areas under the curves of accuracy, target probability and target logit, their gap (negative −
     positive), and, where the dataset has masks or boxes, energy inside and the pointing game.

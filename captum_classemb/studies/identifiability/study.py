@@ -1,4 +1,4 @@
-"""Where and how the class arises: identifiability, change rates, residual composition."""
+"""The study of identifiability, change rates and residual composition."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from captum_classemb.atomic_file import write_atomically
 from captum_classemb.errors import InputError
-from captum_classemb.files import write_atomically
 from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.catalogue import register_study
 from captum_classemb.runs.config import StudyConfig
+from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row, select
+from captum_classemb.studies.class_identifiability import Accuracy, ClassIdentifiability
 from captum_classemb.studies.group_means import ClassContextDifference, Means
-from captum_classemb.studies.identifiability.metric import Accuracy, ClassIdentifiability
-from captum_classemb.studies.identifiability.residual import (
+from captum_classemb.studies.identifiability.metric import (
     SOURCES,
     ClassSimilarityChangeRate,
     ResidualComposition,
@@ -30,8 +30,6 @@ from captum_classemb.vit import Recording, record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["IdentifiabilityStudy"]
 
 _SITES = ("resid_post", "attn_out", "mlp_out")
 _SAVED_CLASSES = 5

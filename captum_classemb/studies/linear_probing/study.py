@@ -12,23 +12,23 @@ import click
 import torch
 from torch import Tensor, nn
 
+from captum_classemb.atomic_file import write_atomically
 from captum_classemb.data import TrainAndTest
 from captum_classemb.errors import DataError, InputError
-from captum_classemb.files import write_atomically
 from captum_classemb.functional.precision import upcast
 from captum_classemb.models.names import class_names
 from captum_classemb.readout import ClassEmbedding, LinearProbe, encode_readout
 from captum_classemb.readout.probe import features_of, probe_tokens
 from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.catalogue import register_study
 from captum_classemb.runs.config import StudyConfig
 from captum_classemb.runs.processes import all_reduce
+from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row, select
-from captum_classemb.studies.fitting import FITTED_SITES
 from captum_classemb.studies.linear_probing.metric import (
+    FITTED_SITES,
     ProbeStatistics,
     plan_probes,
-    stack_heads,
+    stack_probes,
 )
 from captum_classemb.studies.linear_probing.sums import FittedProbes, ReadCorrectly, Seconds
 from captum_classemb.studies.model_study import ModelStudy
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from captum_classemb.data import StudyDataset
-
-__all__ = ["LinearProbingStudy"]
 
 FOLDS = 5
 _NAMED = 10
@@ -347,7 +345,7 @@ class LinearProbingStudy(ModelStudy):
         whole = weight.new_zeros(*shape, weight.shape[-1])
         bias = weight.new_full(shape, -1.0)
         whole[:, self.classes], bias[:, self.classes] = weight, self.fitted.all_bias
-        heads = dict(stack_heads(probes, list(zip(whole, bias, strict=True))))
+        heads = dict(stack_probes(probes, list(zip(whole, bias, strict=True))))
         normed = self.variant == "corrected"
         prefix = self.vit.prefix_tokens
         readout = LinearProbe(self.vit.readout, heads, prefix, self.positions, normed)

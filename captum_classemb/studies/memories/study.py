@@ -12,8 +12,8 @@ from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.variant import Variant
 from captum_classemb.readout import ClassEmbedding, Scale, Step
 from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.catalogue import register_study
 from captum_classemb.runs.config import StudyConfig
+from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row, select
 from captum_classemb.studies.group_means import ClassContextDifference
 from captum_classemb.studies.memories.metric import (
@@ -28,8 +28,6 @@ from captum_classemb.vit import ViT, adapt, record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["MemoriesStudy"]
 
 _LAYERS = ("attn", "mlp")
 _STRONGEST = 5

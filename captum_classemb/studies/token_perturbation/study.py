@@ -1,4 +1,4 @@
-"""Whether class tokens need the context, and the context the class: tokens removed."""
+"""Identifiability of class tokens without the context, and of context tokens without the class."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from captum_classemb.data import OBJECT
 from captum_classemb.edit import kept_tokens, remove_tokens
 from captum_classemb.errors import InputError
 from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.catalogue import register_study
 from captum_classemb.runs.config import StudyConfig
+from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row
 from captum_classemb.studies.group_means import GroupedMean
 from captum_classemb.studies.perturbation import UNPERTURBED, PerturbationStudy
@@ -22,8 +22,6 @@ from captum_classemb.vit import record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["TokenPerturbationStudy"]
 
 
 @register_study

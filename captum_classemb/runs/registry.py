@@ -7,8 +7,6 @@ from typing import TypeVar
 from captum_classemb.errors import InputError
 from captum_classemb.runs.study import Study
 
-__all__ = ["register_study", "registered_studies"]
-
 _S = TypeVar("_S", bound=type[Study])
 
 _registered: dict[str, type[Study]] = {}

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from captum_classemb.errors import OutputError
 
-__all__ = ["write_atomically"]
-
 
 def write_atomically(path: Path, *content: bytes | memoryview) -> None:
     """Write a file so that whoever opens it finds the old content or the new, nothing between.
@@ -31,7 +29,9 @@ def write_atomically(path: Path, *content: bytes | memoryview) -> None:
         os.replace(draft, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
+        raise OutputError(
+            f"{path} cannot be written ({error.strerror or error}): choose another place for it."
+        ) from error
 
 
 def _sync_folder(folder: Path) -> None:
