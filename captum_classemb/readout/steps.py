@@ -290,7 +290,7 @@ class Scale(Step):
         gammas = [step.gamma for step in steps]
         if isinstance(gammas[0], Tensor):
             return type(self)(torch.stack(gammas))
-        return self if len(set(gammas)) == 1 else type(self)(torch.tensor(gammas)[:, None])
+        return self if len(set(gammas)) == 1 else type(self)(torch.tensor(gammas, dtype=torch.float64)[:, None])
 
     def _factor(self, dtype: torch.dtype, device: torch.device, dims: int) -> Tensor | float:
         gamma = self.gamma
