@@ -175,4 +175,4 @@ class PatchAttribution(Attribution):  # type: ignore[misc]
     def _to_pixels(self, patches: Tensor, pixels: Tensor) -> Tensor:
         maps = patches.flatten(1, -3).sum(1)
         size = (pixels.shape[2], pixels.shape[3])
-        return spread(maps, size, pixels.shape[1], self.vit.patch_size)
+        return spread(maps, size, pixels.shape[1], self.vit.patch_pixels(size))

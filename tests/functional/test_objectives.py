@@ -23,9 +23,15 @@ SCORES = {
     "logit": lambda z: z,
     "log_probability": lambda z: z.log_softmax(-1),
     # log p − log(1 − p), the others summed one by one.
-    "log_odds": lambda z: z - torch.stack(
-        [z[..., [k for k in range(z.shape[-1]) if k != c]].logsumexp(-1) for c in range(z.shape[-1])],
-        -1,
+    "log_odds": lambda z: (
+        z
+        - torch.stack(
+            [
+                z[..., [k for k in range(z.shape[-1]) if k != c]].logsumexp(-1)
+                for c in range(z.shape[-1])
+            ],
+            -1,
+        )
     ),
     # The published code hands softmax(z) to a cross-entropy that applies its own softmax.
     "paper": lambda z: z.softmax(-1).log_softmax(-1),
@@ -71,7 +77,9 @@ def test_against_autograd(objective: Objective) -> None:
     # Logits of several blocks, and the same classes for all of them.
     blocks = torch.stack([z, z.flip(0)])
     by_block = torch.stack([by_autograd(one, target, objective) for one in blocks])
-    assert torch.allclose(logit_gradient(blocks, target, objective), by_block, rtol=1e-11, atol=1e-14)
+    assert torch.allclose(
+        logit_gradient(blocks, target, objective), by_block, rtol=1e-11, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("objective", get_args(Objective))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import holding
+from oracle import frozen_at
 from torch import Tensor, nn
 
 from captum_classemb.readout import ClassEmbedding, Linear, Norm, Part
@@ -222,7 +222,7 @@ def test_token_directions(case: Case) -> None:
         entering, handles = x[:, n], []
         for module in (step.module for step in steps if step is not None):
             entered, entering = entering, module(entering)
-            handles.append(module.register_forward_hook(holding(entered)))
+            handles.append(module.register_forward_hook(frozen_at(entered)))
         lost = case.alone(x, n) - case.alone(torch.zeros_like(x), n)
         for handle in handles:
             handle.remove()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import holding
+from oracle import frozen_at
 from readout.test_class_embedding import CLS, B, C, D, N, distilled, norm, one_head
 from torch import Tensor
 
@@ -108,7 +108,7 @@ def test_directions_of_tokens() -> None:
     x, target = hidden(), torch.tensor([2, 0])
     found = probe.token_directions(x, target)
     leaf = x.clone().requires_grad_(True)
-    last.register_forward_hook(holding(x))
+    last.register_forward_hook(frozen_at(x))
     read, features = Read(probe.heads, 1), last(leaf)
     logits = torch.stack([read.token(features[:, n], n) for n in range(N)], 1)
     chosen = logits.gather(-1, target[:, None, None].expand(-1, N, 1))

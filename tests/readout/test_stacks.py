@@ -40,8 +40,8 @@ STEPS: dict[str, Callable[[], Callable[[], Step]]] = {
     "norm of each head": lambda: lambda: Norm(drawn(nn.LayerNorm(D // 2)), groups=2),
     "some columns": lambda: lambda: Linear(drawn(nn.Linear(2 * D, F)), slice(D, None)),
     "without the bias": lambda: lambda: Linear(drawn(nn.Linear(D, F)), biased=False),
-    "side by side": lambda: lambda: SideBySide(
-        (drawn(nn.Linear(D, F)), drawn(nn.Linear(D, 2, bias=False)))
+    "side by side": lambda: (
+        lambda: SideBySide((drawn(nn.Linear(D, F)), drawn(nn.Linear(D, 2, bias=False))))
     ),
     "scale": lambda: lambda: Scale(rows(D)),
     "layer scale": lambda: lambda: LayerScale(nn.Parameter(rows(D))),

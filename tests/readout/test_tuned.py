@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from readout.test_class_embedding import CLS, B, C, D, N, norm, one_head
+from readout.test_class_embedding import CLS, C, D, N, norm, one_head
 from readout.test_probe import PLACE, check_derivatives, heads, hidden
 from safetensors.torch import save_file
 from torch import Tensor
