@@ -18,6 +18,12 @@ def _cells(length: int, cells: int, size: int | None, device: torch.device) -> T
     return (torch.arange(length, device=device) // size).clamp_max(cells - 1)
 
 
+def _sizes(length: int, cells: int, size: int | None, device: torch.device) -> Tensor:
+    """The number of pixels of each cell of one axis; counted on the device, without a copy."""
+    places = torch.arange(cells, device=device)
+    return (_cells(length, cells, size, device) == places[:, None]).sum(1)
+
+
 def patch_index(
     image_size: tuple[int, int], grid: tuple[int, int], patch_size: PatchSize | None = None
 ) -> Tensor:
@@ -72,8 +78,9 @@ def spread(
         tensor([[[[0.2500, 0.2500],
                   [0.2500, 0.2500]]]])
     """
-    h, w = patches.shape[-2:]
-    index = patch_index(image_size, (h, w), patch_size).flatten()
-    pixels = torch.bincount(index, minlength=h * w).reshape(h, w).to(patches)
+    height, width = patch_size or (None, None)
+    rows = _sizes(image_size[0], patches.shape[-2], height, patches.device)
+    columns = _sizes(image_size[1], patches.shape[-1], width, patches.device)
+    pixels = (rows[:, None] * columns).to(patches)
     shared = tile(patches / (pixels * channels), image_size, patch_size)
     return shared[:, None].repeat(1, channels, 1, 1)
