@@ -118,7 +118,7 @@ def lxt_rules() -> ModuleType:
 
 
 def cp_lrp(vit: ViT) -> Maps:
-    """What lxt does to ViTs: rules for norms and activations, attention held (its ``cp_LRP``)."""
+    """What lxt does to ViTs: rules for norms and activations, attention frozen (its ``cp_LRP``)."""
     return _lrp(vit, lxt_rules().cp_wrap_attention_forward)
 
 

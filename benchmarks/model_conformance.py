@@ -29,8 +29,7 @@ from tqdm import tqdm
 
 from captum_classemb import ClassEmbeddingGradient, MemoryPatchImportance, __version__
 from captum_classemb.errors import ClassEmbError
-from captum_classemb.functional.objectives import logit_gradient
-from captum_classemb.readout import Chain
+from captum_classemb.readout import OutputPath
 from captum_classemb.vit import ALL, adapt, identities, record
 
 PLAIN = (
@@ -146,71 +145,68 @@ def sample_input(model: nn.Module) -> Tensor:
 
 def gradient_error(model: nn.Module, image: Tensor) -> float:
     """The closed form against autograd with attention as a leaf, relative to the largest entry."""
-    worst = 0.0
-    for objective in ("paper", "cross_entropy", "logit"):
+    worst, target = 0.0, 3
+    for objective in ("paper", "log_probability", "logit"):
         method = ClassEmbeddingGradient(model, objective=objective)
         vit, reads = method.vit, method.readout.reads
-        sites = {"values": ALL, "attention": reads, "attn_tail": reads}
-        recording = record(vit, image, sites)
-        maps, references = [], []
-        target = torch.tensor([3])
+        recording = record(vit, image, {"values": ALL, "attention": reads, "attn_path": reads})
+        references = []
         for block in range(len(vit.blocks)):
-            maps.append(method._block_scores(recording, block, target).detach())
-            tails = method._tails(recording, block)
             leaves = [a.detach().requires_grad_(True) for a in recording["attention"][block]]
             outputs = []
-            for leaf, values, tail in zip(leaves, recording["values"][block], tails, strict=True):
+            parts = zip(
+                leaves, recording["values"][block], recording["attn_path"][block], strict=True
+            )
+            for leaf, values, path in parts:
+                path = path.before_layer_scale() if objective == "paper" else path
                 mixed = (leaf @ values).transpose(1, 2).flatten(2)
-                outputs.append(Chain.of(tail.steps, mixed).output)
+                outputs.append(OutputPath.of(path.steps, mixed).output)
             logits = method.readout(sum(outputs[1:], outputs[0]))
-            score = _score(logits, target, objective)
-            grads = torch.autograd.grad(score, leaves)
+            grads = torch.autograd.grad(_score(logits[0], target, objective), leaves)
             references.append(torch.cat([grad.sum(2) for grad in grads], 1))
-        found, expected = torch.stack(maps, 1), torch.stack(references, 1)
+        expected = torch.stack(references, 1)[..., vit.prefix_tokens :]
+        found = method.attribute_patches(image, target).flatten(3)
         worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
     return worst
 
 
-def _score(logits: Tensor, target: Tensor, objective: str) -> Tensor:
-    if objective == "logit":
-        return logits[0, target[0]]
+def _score(logits: Tensor, target: int, objective: str) -> Tensor:
     if objective == "paper":
         logits = logits.softmax(-1)
-    return logits.log_softmax(-1)[0, target[0]]
+    return logits[target] if objective == "logit" else logits.log_softmax(-1)[target]
 
 
 def ledger_errors(model: nn.Module, image: Tensor) -> tuple[float, float]:
     """The convergence delta, and the attention entries against an explicit sum."""
-    method = MemoryPatchImportance(model)
-    ledger = method.ledger(image, target=3)
+    method, target = MemoryPatchImportance(model), 3
+    vit, reads = method.vit, method.readout.reads
+    ledger = method.ledger(image, target)
     delta = float((ledger.delta.abs() / ledger.magnitude).max())
-    recording = record(method.vit, image, method._sites())
-    g = logit_gradient(
-        ledger.score.new_zeros(1, method.readout.num_classes), torch.tensor([3]), "logit"
-    )
-    u = method.readout.hold(recording["final"][0]).pull(g)
+    sites = {"values": ALL, "attention": reads, "attn_path": reads, "final": reads}
+    recording = record(vit, image, sites)
+    g = torch.zeros(1, 1, method.readout.num_classes, dtype=image.dtype)
+    g[..., target] = 1.0
+    u = method.readout.vjp(recording["final"][0], g, frozen=True)
     worst = 0.0
-    for block in range(len(method.vit.blocks)):
-        explicit = []
-        for tail, weights, values in zip(
-            recording["attn_tail"][block],
-            recording["attention"][block],
-            recording["values"][block],
-            strict=True,
-        ):
-            heads, count = values.shape[1], values.shape[2]
-            entries = values.new_zeros(1, heads, count)
-            for k in range(heads):
-                for j in range(0, count, max(1, count // 5)):
-                    moved = torch.zeros(1, weights.shape[2], heads, values.shape[3]).double()
-                    moved[:, :, k] = weights[:, k, :, j, None] * values[:, k, j][:, None]
-                    entries[0, k, j] = (tail.push(moved.flatten(2), hold=True) * u).sum()
-            explicit.append(entries)
-        expected = torch.cat(explicit, 1)
-        checked = expected != 0
-        difference = (ledger.attention[:, block] - expected)[checked].abs().max().detach()
-        worst = max(worst, float(difference / expected.abs().max().detach()))
+    for block in range(len(vit.blocks)):
+        parts = (recording[site][block] for site in ("attn_path", "attention", "values"))
+        explicit = torch.cat([_entries(*part, u) for part in zip(*parts, strict=True)], 1)
+        checked = explicit != 0
+        difference = (ledger.attention[:, block] - explicit)[checked].abs().max()
+        worst = max(worst, float(difference / explicit.abs().max()))
     return delta, worst
+
+
+def _entries(path: OutputPath, weights: Tensor, values: Tensor, u: Tensor) -> Tensor:
+    """What a few source tokens bring along u, each moved through the output path: B×H×N."""
+    _, heads, count, width = values.shape
+    entries = values.new_zeros(1, heads, count)
+    for k in range(heads):
+        for j in range(0, count, max(1, count // 5)):
+            moved = values.new_zeros(1, weights.shape[2], heads, width)
+            moved[:, :, k] = weights[:, k, :, j, None] * values[:, k, j][:, None]
+            entries[0, k, j] = (path.jvp(moved.flatten(2)[:, :, None], frozen=True) * u).sum()
+    return entries
 
 
 def structure(model: nn.Module) -> str:

@@ -133,8 +133,8 @@ class Contest:
     def _targets(self, batch: Batch) -> None:
         recording = record(self.vit, batch.images, SITES)
         for site in SITES:
-            for held in recording[site]:
-                target_logits(self.vit.readout, held, batch.labels)
+            for tokens in recording[site]:
+                target_logits(self.vit.readout, tokens, batch.labels)
 
     def shares(self, rounds: int, device: torch.device) -> dict[str, Any]:
         """Share of each limit, and seconds a call."""

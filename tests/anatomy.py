@@ -84,7 +84,7 @@ class LatentPool:
     before: Callable[[Tensor], Tensor]
     head: nn.Linear
 
-    def held(self, tokens: Tensor, weights: Tensor) -> Tensor:
+    def frozen(self, tokens: Tensor, weights: Tensor) -> Tensor:
         """The affine map that is left of it at fixed attention, without its MLP: B×C."""
         pool = self.module
         values = pool.kv(self.before(tokens)).chunk(2, -1)[1]

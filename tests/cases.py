@@ -29,7 +29,7 @@ class Case:
 
     @property
     def affine(self) -> bool:
-        """Whether the readout is an affine map once its norms are held."""
+        """Whether the readout is an affine map once its norms are frozen."""
         return self.name not in WITHOUT_LEDGER
 
     @property

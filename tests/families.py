@@ -223,7 +223,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "hugging face, no qkv bias": partial(_huggingface, "sdpa", qkv_bias=False),
 }
 
-#: Models whose readout stays no affine map when its norms are held: they have no exact ledger.
+#: Models whose readout stays no affine map when its norms are frozen: they have no exact ledger.
 WITHOUT_LEDGER = {"max pooling", "mlp head"}
 
 #: Models whose readout mixes tokens, so that none has directions of its own.

@@ -1,7 +1,7 @@
-"""What a model computes, by slow and independent means: eager attention, autograd, held norms.
+"""What a model computes, by slow and independent means: eager attention, autograd, frozen norms.
 
 Nothing here uses the package. Attention is computed explicitly, in the graph, by taking the place
-of ``scaled_dot_product_attention``; norms are held at the σ of one forward pass by hooks that
+of ``scaled_dot_product_attention``; the σ of norms is frozen at one forward pass by hooks that
 answer in their place; everything else runs through the model's own modules. Each construction is
 compared with the model's own output before it is used.
 """
@@ -150,7 +150,7 @@ class Oracle:
             z = self.anatomy.read(self.in_place(layer, tokens))
             score = {
                 "logit": lambda z: z,
-                "cross_entropy": lambda z: z.log_softmax(-1),
+                "log_probability": lambda z: z.log_softmax(-1),
                 "paper": lambda z: z.softmax(-1).log_softmax(-1),
             }[objective](z)
             picked = score.gather(1, target[:, None]).sum()
@@ -165,7 +165,7 @@ class Oracle:
         rest = tokens.new_zeros(len(tokens), self.trace.final.shape[1] - 1, tokens.shape[2])
         return torch.cat([tokens, rest], 1)
 
-    # -- The logit as an affine function of memories, every σ held.
+    # -- The logit as an affine function of memories, every σ frozen.
 
     def mixed(self, block: int) -> Tensor:
         """A·V of a block: B×H×Q×d."""
@@ -177,7 +177,7 @@ class Oracle:
         coefficients: dict[int, Tensor] | None = None,
         embedding: Tensor | None = None,
     ) -> Tensor:
-        """Logits of the held model with the memories given, and all others 0.
+        """Logits of the frozen model with the memories given, and all others 0.
 
         With nothing given they are what the biases make by themselves. E·B memories are E cases
         of every image, and give E·B logits.
@@ -187,7 +187,7 @@ class Oracle:
         tokens = torch.zeros_like(self.trace.resid_pre[0]) if embedding is None else embedding
         cases = len(given[0]) // len(tokens) if given else 1
         tokens = tokens.repeat(cases, 1, 1)
-        with torch.no_grad(), self.held():
+        with torch.no_grad(), self.frozen():
             for b, layer in enumerate(self.anatomy.layers):
                 none = torch.zeros_like(self.mixed(b)).repeat(cases, 1, 1, 1)
                 gates = [None if g is None else g.repeat(cases, 1, 1) for g in self.trace.gates[b]]
@@ -196,14 +196,14 @@ class Oracle:
                 tokens = tokens + sum(part.outer(part.write(x)) for part, x in parts)
                 none = torch.zeros_like(self.trace.coefficients[b]).repeat(cases, 1, 1)
                 tokens = tokens + self._mlp_branch(layer, coefficients.get(b, none))
-            return self.read_held(self.in_place(self.anatomy.layers[0], tokens))
+            return self.read_frozen(self.in_place(self.anatomy.layers[0], tokens))
 
-    def read_held(self, tokens: Tensor) -> Tensor:
+    def read_frozen(self, tokens: Tensor) -> Tensor:
         """Logits of final tokens with the attention of a pool at its values, without its MLP."""
         pool, weights = self.anatomy.pool, self.trace.pool_attention
         if pool is None or weights is None:
             return self.anatomy.read(tokens)
-        return pool.held(tokens, weights.repeat(len(tokens) // len(weights), 1, 1, 1))
+        return pool.frozen(tokens, weights.repeat(len(tokens) // len(weights), 1, 1, 1))
 
     def pool_entry(self) -> Tensor | None:
         """What the MLP of attention pooling brings to every logit: B×C; None without one."""
@@ -211,7 +211,7 @@ class Oracle:
         return None if pool is None or added is None else pool.mlp_entry(added).detach()
 
     def check_whole(self) -> None:
-        """The held model on all memories at once gives the model's own logits."""
+        """The frozen model on all memories at once gives the model's own logits."""
         count = range(len(self.anatomy.layers))
         logits = self.assemble(
             {b: self.mixed(b) for b in count},
@@ -221,7 +221,7 @@ class Oracle:
         entry = self.pool_entry()
         logits = logits if entry is None else logits + entry
         assert torch.allclose(logits, self.trace.logits, rtol=1e-10, atol=1e-10), (
-            "the held model is not the model"
+            "the frozen model is not the model"
         )
 
     def bias(self) -> Tensor:
@@ -262,7 +262,7 @@ class Oracle:
         return self.assemble(embedding=self.trace.resid_pre[0]) - self.bias()
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def frozen(self) -> Iterator[None]:
         """Every norm on the way answers with the σ it had in the forward pass."""
         norms = [*self.anatomy.norms]
         for layer in self.anatomy.layers:
@@ -270,7 +270,7 @@ class Oracle:
                 norms += [*part.norms, part.outer]
             norms += [part.outer for part in layer.mlps]
         handles = [
-            norm.register_forward_hook(holding(self.trace.entered[norm]))
+            norm.register_forward_hook(frozen_at(self.trace.entered[norm]))
             for norm in norms
             if "Norm" in type(norm).__name__
         ]
@@ -281,7 +281,7 @@ class Oracle:
                 handle.remove()
 
 
-def holding(real: Tensor) -> Callable[[Any, Any, Tensor], Tensor]:
+def frozen_at(real: Tensor) -> Callable[[Any, Any, Tensor], Tensor]:
     """A hook that applies a norm with the σ of other inputs."""
 
     def hook(norm: Any, args: Any, output: Tensor) -> Tensor:

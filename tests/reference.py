@@ -69,7 +69,7 @@ def gradient(known: Case, target: Tensor, objective: str, other: Tensor | None =
 
 
 def memory(known: Case, target: Tensor, objective: str, other: Tensor | None = None) -> Tensor:
-    """A_b[k, q, j] · v_j · (W_Oᵀ u) summed over q: A times its derivative, every σ held."""
+    """A_b[k, q, j] · v_j · (W_Oᵀ u) summed over q: A times its derivative, every σ frozen."""
     oracle, attention = known.oracle, known.oracle.trace.attention
     z = frozen_logits(known)
     leaf = z.detach().requires_grad_(True)
@@ -116,10 +116,10 @@ def stream(known: Case, target: Tensor, objective: str, other: Tensor | None = N
 
 
 def frozen_logits(known: Case) -> Tensor:
-    """The model's logits as a function of its attention maps alone, every σ held: B×C."""
+    """The model's logits as a function of its attention maps alone, every σ frozen: B×C."""
     oracle, trace = known.oracle, known.oracle.trace
     tokens = trace.resid_pre[0]
-    with oracle.held():
+    with oracle.frozen():
         for b, layer in enumerate(oracle.anatomy.layers):
             mixed = trace.attention[b] @ trace.values[b]
             entering = oracle.attention_coefficients(layer, mixed, trace.gates[b])
@@ -129,7 +129,7 @@ def frozen_logits(known: Case) -> Tensor:
         tokens = oracle.in_place(oracle.anatomy.layers[0], tokens)
         if known.affine:
             pool = oracle.pool_entry()
-            z = oracle.read_held(tokens)
+            z = oracle.read_frozen(tokens)
             return z if pool is None else z + pool
     return oracle.anatomy.read(tokens)
 

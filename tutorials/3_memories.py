@@ -108,7 +108,7 @@ plt.show()
 # %% [markdown]
 # ## The ledger of one prediction
 #
-# With every norm held, the logit is an exact sum of what the embedding, each head from each patch,
+# With every norm frozen, the logit is an exact sum of what the embedding, each head from each patch,
 # each MLP and the biases bring.
 
 # %%

@@ -178,4 +178,4 @@ class PatchAttribution(Attribution):  # type: ignore[misc]
     def _shared_out(self, maps: Tensor, pixels: Tensor) -> Tensor:
         """B×h×w scores of patches shared among their pixels and channels."""
         size = (pixels.shape[2], pixels.shape[3])
-        return spread(maps, size, pixels.shape[1], self.vit.patch_size)
+        return spread(maps, size, pixels.shape[1], self.vit.patch_pixels(size))

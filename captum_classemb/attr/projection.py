@@ -112,7 +112,8 @@ class ClassEmbeddingProjection(PatchAttribution):
     def _to_pixels(self, patches: Tensor, pixels: Tensor) -> Tensor:
         if self.additive:
             return super()._to_pixels(patches, pixels)
-        tiled = tile(patches[:, 0], (pixels.shape[2], pixels.shape[3]), self.vit.patch_size)
+        size = (pixels.shape[2], pixels.shape[3])
+        tiled = tile(patches[:, 0], size, self.vit.patch_pixels(size))
         return tiled[:, None].repeat(1, pixels.shape[1], 1, 1)
 
     def _readout(self) -> Readout:

@@ -82,7 +82,7 @@ def removal_curves(
     image_size = (inputs.shape[2], inputs.shape[3])
     grid = vit.grid(image_size)
     if scores.shape == inputs.shape:
-        scores = patch_sums(scores, grid, vit.patch_size)
+        scores = patch_sums(scores, grid, vit.patch_pixels(image_size))
     if scores.shape != (len(inputs), *grid):
         raise InputError(
             f"scores of shape {tuple(scores.shape)} fit neither the inputs {tuple(inputs.shape)} "
@@ -154,7 +154,7 @@ def _without_pixels(
         visible = torch.zeros(len(kept), order.shape[1], dtype=torch.bool, device=inputs.device)
         visible.scatter_(1, kept, True)
         size = (inputs.shape[2], inputs.shape[3])
-        shown = tile(visible.unflatten(1, grid), size, vit.patch_size)
+        shown = tile(visible.unflatten(1, grid), size, vit.patch_pixels(size))
         yield vit(torch.where(shown[:, None], pairs, fills).to(vit.dtype))
 
 

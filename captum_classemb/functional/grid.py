@@ -17,6 +17,12 @@ def _cells(length: int, cells: int, size: int | None, device: torch.device) -> T
     return (torch.arange(length, device=device) // size).clamp_max(cells - 1)
 
 
+def _sizes(length: int, cells: int, size: int | None, device: torch.device) -> Tensor:
+    """The number of pixels of each cell of one axis; counted on the device, without a copy."""
+    places = torch.arange(cells, device=device)
+    return (_cells(length, cells, size, device) == places[:, None]).sum(1)
+
+
 def patch_index(
     image_size: tuple[int, int], grid: tuple[int, int], patch_size: PatchSize | None = None
 ) -> Tensor:
@@ -88,7 +94,7 @@ def _pixels(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The patch of each pixel, and how many values each patch shares its score among: made once for a size."""
+    """The patch of each pixel, and the values each patch shares its score among; made once."""
     with torch.inference_mode(False):
         index = patch_index(image_size, grid, patch_size).flatten()
         counts = torch.bincount(index, minlength=grid[0] * grid[1]) * channels

@@ -279,9 +279,9 @@ class SideBySide(Linear):
 
 
 class Scale(Step):
-    """Multiplication by a vector or a number."""
+    """Multiplication by a vector or a number, or by one for each of L blocks."""
 
-    def __init__(self, gamma: Tensor | float) -> None:
+    def __init__(self, gamma: Tensor | float | tuple[float, ...]) -> None:
         self.gamma = gamma
 
     def read(self) -> Scale:
@@ -296,12 +296,14 @@ class Scale(Step):
         gammas = [step.gamma for step in steps]
         if isinstance(gammas[0], Tensor):
             return type(self)(torch.stack(gammas))
-        return self if len(set(gammas)) == 1 else type(self)(
-            torch.tensor(gammas, dtype=torch.float64)[:, None]
-        )
+        return self if len(set(gammas)) == 1 else type(self)(tuple(gammas))
 
     def _factor(self, dtype: torch.dtype, device: torch.device, dims: int) -> Tensor | float:
         gamma = self.gamma
+        if isinstance(gamma, tuple):
+            # Filled in on the device, which a copy from the host would make wait.
+            each = [torch.full((1,), number, dtype=dtype, device=device) for number in gamma]
+            return lifted(torch.stack(each), dims)
         if not isinstance(gamma, Tensor):
             return gamma
         return lifted(gamma.detach().to(device, dtype), dims)

@@ -151,6 +151,7 @@ def _after_preprocessing(model: nn.Sequential) -> ViT:
         inner.channels,
         grid,
     )
+    vit.resized_to = fixed
     vit.call = partial(_preprocessed, inner, model)
     return vit
 

@@ -291,6 +291,8 @@ class ViT(nn.Module):
         self.verified: set[Any] = set()
         #: Whether a layer is quantised, whose activations are rounded to eight bits.
         self.quantised = False
+        #: The size that images are resized to by preprocessing in front of the model, if any.
+        self.resized_to: tuple[int, int] | None = None
         #: How the model is called, where its own forward needs more than images.
         self.call: Callable[..., Any] | None = None
         self.training = model.training
@@ -367,6 +369,12 @@ class ViT(nn.Module):
         (height, width), (p, q) = image_size, self.patch_size
         return -(-height // p), -(-width // q)
 
+    def patch_pixels(self, image_size: tuple[int, int]) -> tuple[int, int] | None:
+        """Height and width of a patch in an image of this size; None if patches share it evenly."""
+        if self.resized_to in (None, image_size):
+            return self.patch_size
+        return None
+
     def feature_mask(self, image_size: tuple[int, int]) -> Tensor:
         """The patch of each pixel, as Captum's ``feature_mask``: 1×1×H×W, int64.
 
@@ -376,7 +384,8 @@ class ViT(nn.Module):
             >>> adapt(demo_vit()).feature_mask((64, 64)).unique().numel()
             64
         """
-        index = patch_index(image_size, self.grid(image_size), self.patch_size)
+        patch = self.patch_pixels(image_size)
+        index = patch_index(image_size, self.grid(image_size), patch)
         return index[None, None]
 
     def check_inputs(self, inputs: Tensor, finite: bool = True) -> None:

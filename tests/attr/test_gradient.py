@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from captum_classemb import ClassEmbeddingGradient
 from captum_classemb.errors import InputError, UnsupportedModelError
-from captum_classemb.functional.objectives import Objective
 from captum_classemb.readout import ClassEmbedding, Linear, Norm, Part
 
-OBJECTIVES = get_args(Objective)
+OBJECTIVES = ("paper", "log_probability", "logit")
 
 
 @pytest.fixture(params=FAMILIES)
@@ -33,7 +32,7 @@ def worst(maps: Tensor, expected: Tensor, *, within: int) -> float:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_closed_form_is_autograd(family: str, objective: Objective) -> None:
+def test_closed_form_is_autograd(family: str, objective: Any) -> None:
     known = case(family)
     method = ClassEmbeddingGradient(known.vit, objective=objective)
     maps = method.attribute_patches(known.images, known.target).flatten(3)
@@ -44,7 +43,7 @@ def test_closed_form_is_autograd(family: str, objective: Objective) -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_closed_form_in_float32(family: str, objective: Objective) -> None:
+def test_closed_form_in_float32(family: str, objective: Any) -> None:
     known = case(family)
     method = ClassEmbeddingGradient(known.single, objective=objective)
     maps = method.attribute_patches(known.images.float(), known.target).flatten(3)
@@ -64,7 +63,7 @@ def one_by_one(method: Any, pixels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_all_classes_at_once(family: str, objective: Objective) -> None:
+def test_all_classes_at_once(family: str, objective: Any) -> None:
     known = case(family)
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         model = known.vit if dtype == torch.float64 else known.single
@@ -102,7 +101,7 @@ def changed(name: str, where: str) -> tuple[Any, Any]:
     return plain, other
 
 
-def first_block(model: nn.Module, pixels: Tensor, objective: Objective) -> Tensor:
+def first_block(model: nn.Module, pixels: Tensor, objective: Any) -> Tensor:
     method = ClassEmbeddingGradient(model, objective=objective, blocks=[0])
     return method.attribute_patches(pixels, 3)
 
@@ -112,7 +111,7 @@ def test_the_published_objective_reads_before_layer_scale(name: str) -> None:
     plain, other = changed(name, "ls1.gamma")
     pixels = images(name)
     assert torch.equal(first_block(plain, pixels, "paper"), first_block(other, pixels, "paper"))
-    for objective in ("cross_entropy", "logit"):
+    for objective in ("log_probability", "logit"):
         one, two = (first_block(model, pixels, objective) for model in (plain, other))
         assert worst(one, two, within=2) > 0.1
 
@@ -145,7 +144,8 @@ def test_blocks_and_heads_in_the_order_they_are_named(blocks: Any, heads: Any) -
     some = method.attribute_patches(known.images, 2)
     rows = [blocks] if isinstance(blocks, int) else list(range(3) if blocks is None else blocks)
     cols = [heads] if isinstance(heads, int) else list(range(3) if heads is None else heads)
-    assert torch.equal(some, full[:, rows][:, :, cols])
+    # Products of fewer blocks may be rounded otherwise.
+    assert torch.allclose(some, full[:, rows][:, :, cols], rtol=1e-11, atol=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_blocks_and_heads_in_the_order_they_are_named(blocks: Any, heads: Any) -
         ({"blocks": ["a"]}, "block 'a' is a str: an index is needed"),
         ({"heads": 1.5}, "head 1.5 is a float: an index is needed"),
         ({"heads": True}, "head True is a bool: an index is needed"),
-        ({"objective": "nll"}, "'nll' is none of 'paper', 'cross_entropy', 'logit'"),
+        ({"objective": "nll"}, "'nll' is none of 'paper', 'log_probability', 'logit'"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
@@ -198,13 +198,13 @@ class Headless:
 
 def test_a_given_readout_takes_the_place_of_the_models() -> None:
     given, pixels = Headless(), images("cls")
-    method = ClassEmbeddingGradient(given.model, readout=given.readout, objective="cross_entropy")
+    method = ClassEmbeddingGradient(given.model, readout=given.readout, objective="log_probability")
     maps = method.attribute_patches(pixels, 3).flatten(3)
     whole: Any = tiny(num_classes=4).double()
     whole.load_state_dict(given.model.state_dict(), strict=False)
     whole.head = given.head
     oracle = Oracle(whole, pixels)
-    expected = oracle.gradient(torch.tensor([3, 3]), "cross_entropy")[..., 1:]
+    expected = oracle.gradient(torch.tensor([3, 3]), "log_probability")[..., 1:]
     assert worst(maps, expected, within=1) <= 1e-9
     assert method.attribute_classes(pixels).shape == (2, 4, 4, 4)
 

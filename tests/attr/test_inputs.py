@@ -150,8 +150,8 @@ def test_images_of_another_dtype_are_cast_to_the_models() -> None:
     pixels = torch.randn(2, 3, 32, 32)
     method = ClassEmbeddingGradient(model)
     expected = method.attribute(pixels, 1)
-    wide = method.attribute(pixels.double(), 1)
-    assert torch.equal(wide, expected)
+    in_double = method.attribute(pixels.double(), 1)
+    assert torch.equal(in_double, expected)
     leaf = pixels.clone().requires_grad_(True)
     assert torch.equal(method.attribute(leaf, 1), expected)
     assert leaf.requires_grad and leaf.grad is None
@@ -189,9 +189,9 @@ def test_an_attention_mask_is_heeded(kind: str) -> None:
     }[kind]
     oracle = Oracle(model, pixels, given)
     target = torch.tensor([1, 4])
-    method = ClassEmbeddingGradient(model, objective="cross_entropy")
+    method = ClassEmbeddingGradient(model, objective="log_probability")
     maps = method.attribute_patches(pixels, target, additional_forward_args=given).flatten(3)
-    expected = oracle.gradient(target, "cross_entropy")[..., 1:]
+    expected = oracle.gradient(target, "log_probability")[..., 1:]
     assert torch.allclose(maps, expected, rtol=1e-9, atol=1e-12)
     memory = MemoryPatchImportance(model)
     ledger = memory.ledger(pixels, target, additional_forward_args=(given,))

@@ -9,7 +9,7 @@ import torch
 from captum.attr import LayerActivation
 from cases import Case, case
 from families import FAMILIES, WITHOUT_DIRECTIONS, images, tiny
-from oracle import holding
+from oracle import frozen_at
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -94,7 +94,7 @@ def read_alone(known: Case, tokens: Tensor, token: int) -> Tensor:
 
 
 def by_brute_force(known: Case, block: int, branch: str, token: int) -> Tensor:
-    """What adding each memory of a branch to one last token does to its logits, σ held: B×M×C."""
+    """What adding each memory of a branch to one last token does to its logits, σ frozen: B×M×C."""
     oracle = known.oracle
     layer, trace = oracle.anatomy.layers[block], oracle.trace
     part: Any = (layer.attentions if branch == "attn" else layer.mlps)[0]
@@ -103,11 +103,11 @@ def by_brute_force(known: Case, block: int, branch: str, token: int) -> Tensor:
     final = trace.final
     entered = {norm: _entering(known, norm, final, token) for norm in oracle.anatomy.norms}
     handles = [
-        norm.register_forward_hook(holding(x)) for norm, x in entered.items() if x is not None
+        norm.register_forward_hook(frozen_at(x)) for norm, x in entered.items() if x is not None
     ]
     with torch.no_grad():
         if "Norm" in type(outer).__name__:
-            handles.append(outer.register_forward_hook(holding(trace.entered[outer])))
+            handles.append(outer.register_forward_hook(frozen_at(trace.entered[outer])))
         memories = trace.coefficients if branch == "mlp" else trace.attn_coefficients
         # Of modules side by side, the first.
         m = memories[block][..., : weight.shape[1]]

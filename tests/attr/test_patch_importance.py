@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from captum_classemb.attr import MemoryPatchImportance
 from captum_classemb.attr.patch_importance import PatchImportance
-from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.vit import ViT, adapt, record
-from captum_classemb.vit.stream import block_derivative, record_stream, runs_alone
+from captum_classemb.vit.stream import follows_rows
 
 SMALL: dict[str, Any] = {
     "img_size": 32,
@@ -174,7 +173,7 @@ def test_the_stream_is_that_of_autograd_with_other_tokens_detached(name: str) ->
     vit = build(STREAMS[name])
     images, target = batch(vit)
     rows = vit.readout.reads
-    assert runs_alone(vit, rows)
+    assert follows_rows(vit, rows)
     stream = evidence(vit, images, detached_gradients(vit, images, target, rows), rows)
     expected = on_grid(vit, images, by_hand(stream, *direct_evidence(vit, images, target)))
     found = PatchImportance(vit).attribute_patches(images, target)
@@ -187,7 +186,7 @@ def test_a_pooled_readout_holds_the_branches_of_later_blocks(name: str) -> None:
     vit = build(POOLED[name])
     images, target = batch(vit)
     rows = vit.readout.reads
-    assert not runs_alone(vit, rows)
+    assert not follows_rows(vit, rows)
     recording = record(vit, images, {"final": rows, "embedding": slice(None)})
     final = recording["final"][0].clone().requires_grad_(True)
     log_p = vit.readout(final).log_softmax(-1).gather(1, target[:, None]).sum()
@@ -272,18 +271,7 @@ def test_the_model_and_the_surrounding_modes_are_left_alone() -> None:
     assert all(p.requires_grad and p.grad is None for p in vit.parameters())
 
 
-def test_a_block_that_is_more_than_its_rows_is_refused() -> None:
-    vit = build(_timm)
-    images, _ = batch()
-    recording = record_stream(vit, images, slice(0, 1))
-    recording["resid_post"][1] = recording["resid_post"][1] + 1
-    with pytest.raises(UnsupportedModelError, match="block 1"):
-        block_derivative(vit, recording, 1, slice(0, 1))
-    for module in vit.modules():
-        assert not module._forward_hooks
-
-
-def _wide(**options: Any) -> nn.Module:
+def _many_classes(**options: Any) -> nn.Module:
     model: nn.Module = timm.models.VisionTransformer(**SMALL | {"num_classes": 60}, **options)
     return model
 
@@ -291,7 +279,7 @@ def _wide(**options: Any) -> nn.Module:
 @pytest.mark.parametrize("rows", [7, 512])
 @pytest.mark.parametrize(
     "make",
-    [_wide, lambda: VisionTransformerDistilled(**SMALL | {"num_classes": 60})],
+    [_many_classes, lambda: VisionTransformerDistilled(**SMALL | {"num_classes": 60})],
     ids=["one row", "two rows"],
 )
 def test_more_classes_than_dimensions_follow_a_basis(

@@ -128,19 +128,19 @@ def test_attnlrp_is_cp_lrp_of_lxt(arena: Any) -> None:
 
 
 def test_attnlrp_is_that_of_lxt_for_torchvision(arena: Any) -> None:
-    """lxt's rules for torchvision's ViT hold attention too (its ``cp_LRP`` map)."""
+    """lxt's rules for torchvision's ViT freeze attention too (its ``cp_LRP`` map)."""
     pytest.importorskip("lxt")
     rules = arena.peers.lxt_rules()
     images, target = _batch()
     ours = AttnLRP(_drawn(torchvision_vit(5))).attribute(images, target)
     model: Any = _drawn(torchvision_vit(5))
-    held: dict[type[nn.Module], Any] = {
+    frozen: dict[type[nn.Module], Any] = {
         nn.GELU: rules.non_linear_forward,
         nn.LayerNorm: rules.layer_norm_forward,
         nn.MultiheadAttention: rules.cp_multi_head_attention_forward,
     }
     for module in model.modules():
-        for kind, rule in held.items():
+        for kind, rule in frozen.items():
             if isinstance(module, kind):
                 module.original_forward = module.forward
                 module.forward = MethodType(rule, module)

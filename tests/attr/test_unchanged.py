@@ -229,12 +229,17 @@ def doubled(module: Any) -> None:
     module.forward = lambda *args, **kwargs: 2 * forward(*args, **kwargs)
 
 
+def squashed(module: Any) -> None:
+    forward = module.forward
+    module.forward = lambda x: forward(x).tanh()
+
+
 CHANGES: dict[str, Callable[[Any], None]] = {
     "attention": lambda model: doubled(model.blocks[1].attn),
     "MLP": lambda model: doubled(model.blocks[1].mlp),
     "block": lambda model: doubled(model.blocks[1]),
     "last norm": lambda model: doubled(model.norm),
-    "head": lambda model: doubled(model.head),
+    "head": lambda model: squashed(model.head),
     "whole model": doubled,
 }
 
@@ -247,6 +252,19 @@ def test_a_replaced_forward_is_refused(name: str, change: str) -> None:
     method = METHODS[name](model)
     with pytest.raises(UnsupportedModelError, match="does not compute what its structure says"):
         method.attribute(pixels(), TARGET)
+
+
+@pytest.mark.parametrize("name", ["gradient", "memory", "patch importance"])
+def test_a_linear_layer_with_a_forward_of_its_own_is_read_through_it(name: str) -> None:
+    """It is not its weight that counts, and what it computes is still affine."""
+    model, other = tiny().double(), tiny().double()
+    doubled(model.head)
+    with torch.no_grad():
+        other.head.weight.mul_(2.0)
+        other.head.bias.mul_(2.0)
+    expected = METHODS[name](other).attribute(pixels().double(), TARGET)
+    found = METHODS[name](model).attribute(pixels().double(), TARGET)
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_hook_that_changes_an_output_is_refused_or_heeded() -> None:

@@ -10,11 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from captum_classemb.functional.attention import (
-    attention_contributions,
-    attention_gradient,
-    attention_weights,
-)
+from captum_classemb.functional.attention import attention_weights, carried, values_along
 
 B, H, Q, N, D = 2, 3, 4, 5, 6
 
@@ -52,32 +48,44 @@ def test_half_precision_weights_are_computed_in_float32(rows: int) -> None:
     assert torch.allclose(weights.double(), expected, rtol=1e-5)
 
 
-def test_gradient_by_hand() -> None:
+def beside(heads: Tensor) -> Tensor:
+    """…×Q×K×(H·d), the heads of B×H×Q×K×d side by side."""
+    return heads.permute(0, 2, 3, 1, 4).flatten(3)
+
+
+def test_values_along_a_direction_by_hand() -> None:
     values = torch.tensor([[1.0, 2.0], [0.0, -1.0]]).view(1, 1, 2, 2)
-    direction = torch.tensor([3.0, 1.0]).view(1, 1, 2)
-    assert attention_gradient(values, direction).flatten().tolist() == [5.0, -1.0]
+    direction = torch.tensor([3.0, 1.0]).view(1, 1, 1, 2)
+    assert values_along(values, direction).flatten().tolist() == [5.0, -1.0]
 
 
-def test_gradient_is_the_derivative_of_the_mix() -> None:
-    values, directions = random(B, H, N, D), random(B, H, Q, D)
+def test_values_along_a_direction_are_the_derivative_of_the_mix() -> None:
+    values, directions = random(B, H, N, D), random(B, H, Q, 1, D)
     weights = random(B, H, Q, N).requires_grad_(True)
-    score = ((weights @ values) * directions).sum()
+    score = ((weights @ values) * directions[..., 0, :]).sum()
     (by_autograd,) = torch.autograd.grad(score, weights)
-    closed = attention_gradient(values, directions.sum(2))
-    assert torch.allclose(closed, by_autograd.sum(2), rtol=1e-12)
+    closed = values_along(values, beside(directions))
+    assert torch.allclose(closed[..., 0, :], by_autograd, rtol=1e-12)
 
 
 @pytest.mark.parametrize("rows", [1, Q])
 @pytest.mark.parametrize("several", [1, 3])
-def test_contributions_by_loops(rows: int, several: int) -> None:
+def test_what_is_carried_by_loops(rows: int, several: int) -> None:
     values, weights = random(B, H, N, D), random(B, H, rows, N)
-    directions = random(B, several, H, rows, D)
-    entries = attention_contributions(weights, values, directions)
-    assert entries.shape == (B, several, H, N)
+    directions = random(B, H, rows, several, D)
+    entries = carried(weights, values, beside(directions))
+    assert entries.shape == (B, H, several, N)
     for b, e, k, j in itertools.product(range(B), range(several), range(H), range(N)):
         looped = sum(
-            weights[b, k, q, j] * (values[b, k, j] @ directions[b, e, k, q]) for q in range(rows)
+            weights[b, k, q, j] * (values[b, k, j] @ directions[b, k, q, e]) for q in range(rows)
         )
-        assert torch.isclose(entries[b, e, k, j], torch.as_tensor(looped), rtol=1e-11)
-    total = ((weights @ values)[:, None] * directions).sum((3, 4))
+        assert torch.isclose(entries[b, k, e, j], torch.as_tensor(looped), rtol=1e-11)
+    total = ((weights @ values)[:, :, :, None] * directions).sum((2, 4))
     assert torch.allclose(entries.sum(-1), total, rtol=1e-11)
+
+
+def test_blocks_are_a_dimension_in_front() -> None:
+    values, weights = random(2, B, H, N, D), random(2, B, H, Q, N)
+    directions = random(2, B, Q, 3, H * D)
+    blocks = [carried(*block) for block in zip(weights, values, directions, strict=True)]
+    assert torch.allclose(carried(weights, values, directions), torch.stack(blocks), rtol=1e-12)

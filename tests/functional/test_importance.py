@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from captum_classemb.functional.importance import combined
+from captum_classemb.functional.importance import combined, share
 
 
 def test_shares_add_and_the_stream_confirms() -> None:
@@ -27,3 +27,23 @@ def test_an_estimate_without_evidence_adds_nothing() -> None:
     share = stream / stream.sum()
     assert torch.allclose(combined(stream, direct), share * share.sum(1, keepdim=True).sqrt())
     assert (combined(direct, stream) == 0).all()
+
+
+def test_an_estimate_is_divided_by_what_its_map_sums_to() -> None:
+    estimate = torch.tensor([[[1.0, -3.0], [1.0, 1.0]]])  # the map is [2, -2]
+    entries, whole = share(estimate, 1)
+    assert torch.equal(entries, estimate / 4)
+    assert torch.equal(whole, torch.tensor([[[0.5, -0.5]]]))
+
+
+def test_blocks_and_heads_are_dimensions_of_one_sum() -> None:
+    """L×B×H×K×P with the sum over L and H is B·K maps of L·H entries each."""
+    shape = (2, 3, 4, 5, 6)
+    stream, one, two = torch.rand(shape), torch.randn(shape), torch.randn(shape)
+
+    def together(x: torch.Tensor) -> torch.Tensor:
+        return x.permute(1, 3, 0, 2, 4).flatten(2, 3).flatten(0, 1)
+
+    found = combined(stream, one, two, heads=(0, 2))
+    expected = combined(together(stream), together(one), together(two))
+    assert torch.allclose(together(found), expected, rtol=1e-5, atol=1e-7)

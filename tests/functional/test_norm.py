@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
@@ -13,10 +13,10 @@ from timm.layers.fast_norm import simple_norm
 from torch import Tensor
 from torch.nn import functional as F
 
-from captum_classemb.functional.norm import NormKind, normalise, pull, pull_rows, push
+from captum_classemb.functional.norm import NormJacobian, NormKind, normalise
 
 KINDS = get_args(NormKind)
-WIDTH = 6
+WIDTH, K = 6, 2
 EPS = 1e-3
 
 
@@ -31,6 +31,12 @@ def reference(kind: NormKind, gamma: Tensor | None) -> Callable[[Tensor], Tensor
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def jacobian(
+    x: Tensor, kind: NormKind, gamma: Tensor | None = None, frozen: bool = False, eps: float = EPS
+) -> NormJacobian:
+    return NormJacobian.at(normalise(x, eps, kind), gamma, kind, frozen)
 
 
 def test_layer_norm_by_hand() -> None:
@@ -53,73 +59,90 @@ def test_simple_norm_by_hand() -> None:
 
 def test_jacobian_of_layer_norm_by_hand() -> None:
     # Two numbers are normalised to −1 and 1 wherever they are: the derivative is 0.
-    state = normalise(torch.tensor([1.0, 3.0]), eps=0.0, kind="layer")
-    e0 = torch.tensor([1.0, 0.0])
-    assert torch.allclose(pull(e0, state, None, "layer", False), torch.zeros(2))
-    # With σ = 1 held only the mean is taken off.
-    assert torch.allclose(pull(e0, state, None, "layer", True), torch.tensor([0.5, -0.5]))
-    gamma = torch.tensor([3.0, 1.0])
-    assert torch.allclose(pull(e0, state, gamma, "layer", True), torch.tensor([1.5, -1.5]))
-    assert torch.allclose(push(e0, state, gamma, "layer", True), torch.tensor([1.5, -0.5]))
+    x, e0 = torch.tensor([[1.0, 3.0]]), torch.tensor([[[1.0, 0.0]]])
+    assert torch.allclose(jacobian(x, "layer", eps=0.0).vjp(e0), torch.zeros(2))
+    # With σ = 1 frozen only the mean is taken off.
+    frozen = jacobian(x, "layer", None, True, eps=0.0)
+    assert torch.allclose(frozen.vjp(e0), torch.tensor([0.5, -0.5]))
+    frozen = jacobian(x, "layer", torch.tensor([3.0, 1.0]), True, eps=0.0)
+    assert torch.allclose(frozen.vjp(e0), torch.tensor([1.5, -1.5]))
+    assert torch.allclose(frozen.jvp(e0), torch.tensor([1.5, -0.5]))
 
 
 def test_jacobian_of_rms_norm_by_hand() -> None:
-    state = normalise(torch.tensor([1.0, 1.0]), eps=0.0, kind="rms")  # σ = 1, x̂ = (1, 1)
-    e0 = torch.tensor([1.0, 0.0])
-    assert torch.allclose(pull(e0, state, None, "rms", False), torch.tensor([0.5, -0.5]))
-    assert torch.allclose(pull(e0, state, None, "rms", True), e0)
+    x, e0 = torch.tensor([[1.0, 1.0]]), torch.tensor([[[1.0, 0.0]]])  # σ = 1, x̂ = (1, 1)
+    assert torch.allclose(jacobian(x, "rms", eps=0.0).vjp(e0), torch.tensor([0.5, -0.5]))
+    assert torch.allclose(jacobian(x, "rms", None, True, eps=0.0).vjp(e0), e0)
+
+
+def each(function: Callable[[Tensor], Tensor], x: Tensor, vectors: Tensor, way: str) -> Tensor:
+    """The derivative by autograd, for K vectors of each row one by one: Q×K×D."""
+    by_autograd = getattr(torch.autograd.functional, way)
+    return torch.stack([by_autograd(function, x, v)[1] for v in vectors.unbind(1)], 1)
 
 
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_derivatives(kind: NormKind, scaled: bool) -> None:
     gamma = random(WIDTH, seed=1) if scaled else None
-    x, c, t = random(3, WIDTH), random(3, WIDTH, seed=2), random(3, WIDTH, seed=3)
+    x, c, t = random(3, WIDTH), random(3, K, WIDTH, seed=2), random(3, K, WIDTH, seed=3)
     state = normalise(x, EPS, kind)
     y = state.x_hat if gamma is None else state.x_hat * gamma
     norm = reference(kind, gamma)
     assert torch.allclose(y, norm(x), rtol=1e-12, atol=1e-12)
-    _, vjp = torch.autograd.functional.vjp(norm, x, c)
-    _, jvp = torch.autograd.functional.jvp(norm, x, t)
-    assert torch.allclose(pull(c, state, gamma, kind, False), vjp, rtol=1e-11, atol=1e-12)
-    summed = vjp.sum(0, keepdim=True)
-    assert torch.allclose(pull_rows(c, state, gamma, kind), summed, rtol=1e-11, atol=1e-12)
-    assert torch.allclose(push(t, state, gamma, kind, False), jvp, rtol=1e-11, atol=1e-12)
+    of_norm = jacobian(x, kind, gamma)
+    vjp, jvp = each(norm, x, c, "vjp"), each(norm, x, t, "jvp")
+    assert torch.allclose(of_norm.vjp(c), vjp, rtol=1e-11, atol=1e-12)
+    assert torch.allclose(of_norm.jvp(t), jvp, rtol=1e-11, atol=1e-12)
+    scale, into, back = of_norm.factors()
+    assert torch.allclose(c * scale - (c @ into) @ back, vjp, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_held_norm_is_the_affine_map_at_a_fixed_sigma(kind: NormKind) -> None:
+def test_frozen_norm_is_the_affine_map_at_a_fixed_sigma(kind: NormKind) -> None:
     gamma, x = random(WIDTH, seed=1), random(3, WIDTH)
     centre = x.mean(-1, keepdim=True) if kind != "rms" else 0.0
     bessel = WIDTH - 1 if kind == "simple" else WIDTH
     sigma = (((x - centre) ** 2).sum(-1, keepdim=True) / bessel + EPS).sqrt()
 
-    def held(z: Tensor) -> Tensor:
+    def affine(z: Tensor) -> Tensor:
         z = z - z.mean(-1, keepdim=True) if kind == "layer" else z
         return z / sigma * gamma
 
-    state = normalise(x, EPS, kind)
-    c, t = random(3, WIDTH, seed=2), random(3, WIDTH, seed=3)
-    _, vjp = torch.autograd.functional.vjp(held, x, c)
-    assert torch.allclose(pull(c, state, gamma, kind, True), vjp, rtol=1e-12, atol=1e-13)
-    assert torch.allclose(push(t, state, gamma, kind, True), held(t), rtol=1e-12, atol=1e-13)
+    frozen = jacobian(x, kind, gamma, frozen=True)
+    c, t = random(3, K, WIDTH, seed=2), random(3, K, WIDTH, seed=3)
+    vjp = each(affine, x, c, "vjp")
+    jvp = torch.stack([affine(one) for one in t.unbind(1)], 1)
+    assert torch.allclose(frozen.vjp(c), vjp, rtol=1e-12, atol=1e-13)
+    assert torch.allclose(frozen.jvp(t), jvp, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_of_several_blocks(kind: NormKind, frozen: bool) -> None:
+    """The Jacobian of rows L×Q×D with a γ for each block, one block taken out."""
+    x, gamma, c = random(4, 3, WIDTH), random(4, 1, WIDTH, seed=1), random(3, K, WIDTH, seed=2)
+    whole = jacobian(x, kind, gamma, frozen)
+    for block in range(4):
+        alone = jacobian(x[block], kind, gamma[block, 0], frozen)
+        assert torch.equal(whole[block].vjp(c), alone.vjp(c))
+        assert torch.equal(whole[block].jvp(c), alone.jvp(c))
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
-    hold=st.booleans(),
+    frozen=st.booleans(),
     seed=st.integers(0, 2**31),
     scale=st.sampled_from([1e-4, 1.0, 1e4]),
     shift=st.sampled_from([0.0, 100.0]),
 )
-def test_push_is_the_transpose_of_pull(
-    kind: NormKind, hold: bool, seed: int, scale: float, shift: float
+def test_jvp_is_the_transpose_of_vjp(
+    kind: NormKind, frozen: bool, seed: int, scale: float, shift: float
 ) -> None:
-    x, c, t = random(3, WIDTH, seed=seed).unbind(0)
+    x, c, t = random(3, 1, 1, WIDTH, seed=seed).unbind(0)
     gamma = random(WIDTH, seed=seed + 1)
-    state = normalise(x * scale + shift, EPS, kind)
-    one = push(t, state, gamma, kind, hold) @ c
-    other = t @ pull(c, state, gamma, kind, hold)
-    size: Any = push(t, state, gamma, kind, hold).norm() * c.norm()
-    assert abs(one - other) <= 1e-9 * size + 1e-12
+    of_norm = jacobian(x[0] * scale + shift, kind, gamma, frozen)
+    pushed = of_norm.jvp(t)
+    one, other = (pushed * c).sum(), (t * of_norm.vjp(c)).sum()
+    assert abs(one - other) <= 1e-9 * float(pushed.norm() * c.norm()) + 1e-12

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import holding
+from oracle import frozen_at
 from torch import Tensor, nn
 
 from captum_classemb.readout import ClassEmbedding, Linear, Norm, Part
 
-B, N, D, C = 2, 6, 8, 5
+B, N, D, C, K = 2, 6, 8, 5, 3
 CLS = slice(0, 1)
 
 
@@ -157,32 +157,59 @@ def test_projection_reads_every_token_alone(case: Case) -> None:
     assert torch.allclose(case.readout.project(x, TARGET), picked, rtol=1e-11)
 
 
-def test_pull_is_the_gradient(case: Case) -> None:
-    x, g = tokens(), torch.randn(B, C, dtype=torch.float64)
-    leaf = x.clone().requires_grad_(True)
-    (gradient,) = torch.autograd.grad((case.whole(leaf) * g).sum(), leaf)
-    rows = case.readout.reads
-    assert torch.allclose(case.readout.pull(x[:, rows], g), gradient[:, rows], rtol=1e-10)
+def by_autograd(case: Case, x: Tensor, g: Tensor) -> Tensor:
+    """∂(g·logits)/∂tokens for K weightings of each image, B×K×C: B×N×K×D."""
+    found = []
+    for weights in g.unbind(-2):
+        leaf = x.clone().requires_grad_(True)
+        found.append(torch.autograd.grad((case.whole(leaf) * weights).sum(), leaf)[0])
+    return torch.stack(found, 2)
 
 
-def test_held_it_is_affine(case: Case) -> None:
-    x, g = tokens()[:, case.readout.reads], torch.randn(B, C, dtype=torch.float64)
-    held = case.readout.hold(x)
-    split = (held.pull(g) * x).sum((1, 2)) + held.offset(g)
-    assert torch.allclose(split, (case.readout(x) * g).sum(1), rtol=1e-10)
+def test_vjp_is_the_gradient(case: Case) -> None:
+    x, g = tokens(), torch.randn(B, K, C, dtype=torch.float64)
+    rows = x[:, case.readout.reads]
+    expected = by_autograd(case, x, g)[:, case.readout.reads]
+    assert torch.allclose(case.readout.vjp(rows, g), expected, rtol=1e-10)
+    summed = case.readout.vjp(rows, g, summed=True)
+    assert torch.allclose(summed, expected.sum(1, keepdim=True), rtol=1e-10, atol=1e-13)
 
 
-def test_the_offset_is_what_the_biases_make() -> None:
+def test_blocks_are_a_dimension_in_front(case: Case) -> None:
+    """Rows L×B×Q×D are read and followed back as block by block."""
+    blocks, g = torch.stack([tokens(7), tokens(8)]), torch.randn(2, B, K, C, dtype=torch.float64)
+    rows, readout = blocks[:, :, case.readout.reads], case.readout
+    close = {"rtol": 1e-11, "atol": 1e-12}
+    assert torch.allclose(readout(rows), torch.stack([readout(x) for x in rows]), **close)
+    for options in ({}, {"frozen": True}, {"summed": True}):
+        alone = [readout.vjp(x, one, **options) for x, one in zip(rows, g, strict=True)]
+        assert torch.allclose(readout.vjp(rows, g, **options), torch.stack(alone), **close)
+
+
+def test_with_frozen_norms_it_is_affine(case: Case) -> None:
+    x, g = tokens()[:, case.readout.reads], torch.randn(B, K, C, dtype=torch.float64)
+    u = case.readout.vjp(x, g, frozen=True)
+    bias, pool = case.readout.constants(x, g)
+    split = (u * x[:, :, None]).sum((1, 3)) + bias
+    assert pool is None and bias.shape == (B, K)
+    expected = (case.readout(x)[:, None] * g).sum(-1)
+    assert torch.allclose(split, expected, rtol=1e-10, atol=1e-12)
+    summed = case.readout.vjp(x, g, frozen=True, summed=True)
+    if case.readout.token_norm is None:  # rows that differ have no sum with σ frozen otherwise
+        assert torch.allclose(summed, u.sum(1, keepdim=True), rtol=1e-10, atol=1e-13)
+
+
+def test_the_constants_are_what_the_biases_make() -> None:
     """With every bias 0 nothing is left; with only the head's bias, it is that bias."""
     linear, before, after = head(1), norm(3), norm(4)
     for bias in (before.bias, after.bias):
         nn.init.zeros_(bias)
     readout = ClassEmbedding([Part(Linear(linear), slice(1, None))], Norm(before), Norm(after), C)
-    g = torch.randn(B, C, dtype=torch.float64)
+    g = torch.randn(B, K, C, dtype=torch.float64)
     rows = tokens()[:, 1:]
-    assert torch.allclose(readout.hold(rows).offset(g), g @ linear.bias, rtol=1e-12)
+    assert torch.allclose(readout.constants(rows, g)[0], g @ linear.bias, rtol=1e-12)
     nn.init.zeros_(linear.bias)
-    assert torch.equal(readout.hold(rows).offset(g), torch.zeros(B, dtype=torch.float64))
+    assert torch.equal(readout.constants(rows, g)[0], torch.zeros(B, K, dtype=torch.float64))
 
 
 def test_token_directions(case: Case) -> None:
@@ -195,7 +222,7 @@ def test_token_directions(case: Case) -> None:
         entering, handles = x[:, n], []
         for module in (step.module for step in steps if step is not None):
             entered, entering = entering, module(entering)
-            handles.append(module.register_forward_hook(holding(entered)))
+            handles.append(module.register_forward_hook(frozen_at(entered)))
         lost = case.alone(x, n) - case.alone(torch.zeros_like(x), n)
         for handle in handles:
             handle.remove()
@@ -207,7 +234,7 @@ def test_one_tangent_for_all_rows(case: Case) -> None:
     """All classes: features moved by a tangent, then read, are the derivative of the logits."""
     x = tokens()[:, case.readout.reads]
     t = torch.randn(B, 3, D, dtype=torch.float64)
-    moved = case.readout.push(x, t) @ case.readout.head_weight().T
+    moved = case.readout.jvp_features(x, t) @ case.readout.head_weight().T
     for n in range(3):
         same = t[:, n : n + 1].expand_as(x)
         _, expected = torch.autograd.functional.jvp(case.readout, x, same)
@@ -216,17 +243,15 @@ def test_one_tangent_for_all_rows(case: Case) -> None:
     assert torch.equal(case.readout.head_weight(some), case.readout.head_weight()[some])
 
 
-def test_held_tangents_of_single_rows(case: Case) -> None:
-    """Weighted sums of row tangents, pushed with σ held, are u·tangent for all classes at once."""
+def test_frozen_tangents_of_single_rows(case: Case) -> None:
+    """Weighted sums of row tangents, read with σ frozen, are u·tangent for all classes at once."""
     readout, x = case.readout, tokens()[:, case.readout.reads]
     t = torch.randn(B, x.shape[1], 3, D, dtype=torch.float64)  # one for each row and source
-    weighted = torch.einsum("bpq,bqnd->bpnd", readout.row_weights(x), t)
-    maps = readout.push_held(x, weighted) @ readout.head_weight().T
-    for c in range(C):
-        g = torch.zeros(B, C, dtype=torch.float64)
-        g[:, c] = 1.0
-        u = readout.hold(x).pull(g)
-        assert torch.allclose(maps[..., c], torch.einsum("bqd,bqnd->bn", u, t), rtol=1e-9)
+    weighted = torch.einsum("bpq,bqnd->bpnd", readout.frozen_shares(x), t)
+    maps = readout.frozen_features(x, weighted) @ readout.head_weight().T
+    every = torch.eye(C, dtype=torch.float64).expand(B, C, C)
+    u = readout.vjp(x, every, frozen=True)
+    assert torch.allclose(maps, torch.einsum("bqcd,bqnd->bnc", u, t), rtol=1e-9, atol=1e-12)
 
 
 def test_half_precision_is_read_in_float32(case: Case) -> None:

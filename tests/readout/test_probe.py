@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import holding
+from oracle import frozen_at
 from readout.test_class_embedding import CLS, B, C, D, N, distilled, norm, one_head
 from torch import Tensor
 
 from captum_classemb.errors import InputError, UnsupportedModelError
-from captum_classemb.readout import ClassEmbedding, FunctionReadout, LinearProbe, ProbeHeads
+from captum_classemb.readout import (
+    ClassEmbedding,
+    FunctionReadout,
+    LinearProbe,
+    ProbeHeads,
+    Readout,
+)
 from captum_classemb.readout.probe import PlaceProbe
 
 K = 3
@@ -24,6 +30,24 @@ def heads(count: int) -> ProbeHeads:
 
 def hidden() -> Tensor:
     return torch.randn(B, N, D, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+
+
+def check_derivatives(readout: Readout, rows: Tensor) -> None:
+    """∂(g·logits)/∂rows against autograd; with σ frozen the logits are u·x and constants."""
+    generator = torch.Generator().manual_seed(8)
+    g = torch.randn(B, 2, readout.num_classes, generator=generator, dtype=torch.float64)
+    gradients = []
+    for weights in g.unbind(1):
+        leaf = rows.clone().requires_grad_(True)
+        gradients.append(torch.autograd.grad((readout(leaf) * weights).sum(), leaf)[0])
+    expected = torch.stack(gradients, 2)
+    torch.testing.assert_close(readout.vjp(rows, g), expected)
+    summed = readout.vjp(rows, g, summed=True)
+    torch.testing.assert_close(summed, expected.sum(1, keepdim=True))
+    bias, pool = readout.constants(rows, g)
+    whole = (readout.vjp(rows, g, frozen=True) * rows[:, :, None]).sum((1, 3)) + bias
+    torch.testing.assert_close(whole, (readout(rows)[:, None] * g).sum(-1))
+    assert pool is None
 
 
 class Read:
@@ -74,16 +98,8 @@ def test_both_heads_of_a_distilled_model_become_the_probe_of_cls() -> None:
 
 @pytest.mark.parametrize("tokens", [CLS, slice(1, None)])
 def test_derivatives(tokens: slice) -> None:
-    """∂(g·logits)/∂rows against autograd; with σ held the logits are u·x + offset."""
     probe = PlaceProbe(one_head(tokens, norm(3)).readout, heads(2), prefix_tokens=1)
-    x = hidden()
-    rows = x[:, tokens].clone().requires_grad_(True)
-    g = torch.randn(B, K, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
-    (expected,) = torch.autograd.grad((probe(rows) * g).sum(), rows)
-    torch.testing.assert_close(probe.pull(rows.detach(), g), expected)
-    held = probe.hold(rows.detach())
-    whole = (held.pull(g) * rows).sum((1, 2)) + held.offset(g)
-    torch.testing.assert_close(whole, (probe(rows) * g).sum(-1))
+    check_derivatives(probe, hidden()[:, tokens])
 
 
 def test_directions_of_tokens() -> None:
@@ -92,7 +108,7 @@ def test_directions_of_tokens() -> None:
     x, target = hidden(), torch.tensor([2, 0])
     found = probe.token_directions(x, target)
     leaf = x.clone().requires_grad_(True)
-    last.register_forward_hook(holding(x))
+    last.register_forward_hook(frozen_at(x))
     read, features = Read(probe.heads, 1), last(leaf)
     logits = torch.stack([read.token(features[:, n], n) for n in range(N)], 1)
     chosen = logits.gather(-1, target[:, None, None].expand(-1, N, 1))

@@ -1,4 +1,4 @@
-"""Steps and chains of steps: values, derivatives and offsets against torch's own modules."""
+"""Steps: values, derivatives and offsets against torch's own modules."""
 
 from __future__ import annotations
 
@@ -7,81 +7,37 @@ from typing import Any
 
 import pytest
 import torch
-from timm.layers import LayerNorm2d, RmsNorm, SimpleNorm
+from readout.builders import LINEARS, NORMS, B, D, F, K, Q, drawn, each, rows
+from timm.layers import LayerNorm2d
+from timm.layers.activations import GELUTanh, QuickGELU
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils import parametrizations, prune
+from transformers.activations import ACT2FN
 
 from captum_classemb.errors import UnsupportedModelError
-from captum_classemb.readout import Chain, Gate, LayerScale, Linear, Norm, Scale, Step
-
-B, Q, D, F = 2, 3, 6, 4
-
-
-class LowRank(nn.Module):
-    """A linear layer with an adapter beside it, as LoRA has it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.base = nn.Linear(D, F)
-        self.down, self.up = nn.Linear(D, 2, bias=False), nn.Linear(2, F, bias=False)
-        self.in_features, self.out_features = D, F
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight  # what a careless reader would take
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.base(x) + self.up(self.down(x))
-        return out
-
-
-def drawn(module: Any) -> Any:
-    """The module in double precision, every parameter at random."""
-    module = module.double()
-    for parameter in module.parameters():
-        nn.init.normal_(parameter)
-    return module
-
-
-def pruned() -> nn.Module:
-    linear: nn.Module = prune.random_unstructured(drawn(nn.Linear(D, F)), "weight", amount=0.5)
-    return linear
-
-
-LINEARS: dict[str, Callable[[], nn.Module]] = {
-    "plain": lambda: drawn(nn.Linear(D, F)),
-    "no bias": lambda: drawn(nn.Linear(D, F, bias=False)),
-    "of multi-head attention": lambda: drawn(NonDynamicallyQuantizableLinear(D, F)),
-    "low rank": lambda: drawn(LowRank()),
-    "parametrised": lambda: parametrizations.weight_norm(drawn(nn.Linear(D, F))),
-    "pruned": pruned,
-}
-
-NORMS: dict[str, Callable[[], nn.Module]] = {
-    "layer": lambda: drawn(nn.LayerNorm(D)),
-    "layer, no bias": lambda: drawn(nn.LayerNorm(D, bias=False)),
-    "layer, no parameters": lambda: nn.LayerNorm(D, elementwise_affine=False),
-    "rms of torch": lambda: drawn(nn.RMSNorm(D, eps=1e-3)),
-    "rms of torch, default eps": lambda: drawn(nn.RMSNorm(D)),
-    "rms of timm": lambda: drawn(RmsNorm(D)),
-    "simple": lambda: drawn(SimpleNorm(D)),
-}
-
-
-def rows(*shape: int) -> Tensor:
-    return torch.randn(*(shape or (B, Q, D)), dtype=torch.float64)
+from captum_classemb.readout import (
+    Activation,
+    Gate,
+    GatedActivation,
+    LayerScale,
+    Linear,
+    Norm,
+    Scale,
+    SideBySide,
+    Step,
+)
 
 
 def check(step: Step, module: Callable[[Tensor], Tensor], x: Tensor) -> None:
-    """Value, both derivatives and the offset of a step are those of a function."""
+    """Value and both derivatives of a step are those of a function."""
     y = module(x).detach()
     assert torch.allclose(step(x), y, rtol=1e-11, atol=1e-11)
-    c, t = torch.randn_like(y), torch.randn_like(x)
-    _, vjp = torch.autograd.functional.vjp(module, x, c)
-    _, jvp = torch.autograd.functional.jvp(module, x, t)
-    assert torch.allclose(step.pull(x, c), vjp, rtol=1e-10, atol=1e-11)
-    assert torch.allclose(step.push(x, t), jvp, rtol=1e-10, atol=1e-11)
+    c, t = rows(*y.shape[:-1], K, y.shape[-1]), rows(*x.shape[:-1], K, x.shape[-1])
+    derivative = step.at(x)
+    vjp, jvp = each(module, x, c, "vjp"), each(module, x, t, "jvp")
+    assert torch.allclose(derivative.vjp(c), vjp, rtol=1e-10, atol=1e-11)
+    assert torch.allclose(derivative.jvp(t), jvp, rtol=1e-10, atol=1e-11)
+    # A copy of the parameters as they are now.
+    assert torch.equal(step.read()(x), step(x))
 
 
 @pytest.mark.parametrize("name", LINEARS)
@@ -106,10 +62,11 @@ def test_a_linear_layer_of_some_columns() -> None:
 def test_the_weight_is_read_anew_each_time() -> None:
     module = drawn(nn.Linear(D, F))
     step, x = Linear(module), rows()
-    step(x)
+    kept, before = step.read(), step(x)
     with torch.no_grad():
         module.weight.mul_(2.0)
     assert torch.equal(step(x), module(x))
+    assert torch.equal(kept(x), before) or torch.equal(kept(x), module(x))
 
 
 @pytest.mark.parametrize("kind", [Scale, LayerScale])
@@ -159,31 +116,104 @@ def test_norm_of_each_head() -> None:
     assert torch.equal(step.offset(), module.bias.repeat(2))
 
 
+@pytest.mark.parametrize("biases", [(True, True), (True, False), (False, False)])
+def test_linear_layers_side_by_side(biases: tuple[bool, bool]) -> None:
+    one, two = (
+        drawn(nn.Linear(D, width, bias=bias)) for width, bias in zip((F, 5), biases, strict=True)
+    )
+    check(SideBySide((one, two)), lambda x: torch.cat([one(x), two(x)], -1), rows())
+
+
+class Swish(nn.Module):
+    """An activation of the user's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (2.0 * x).sigmoid()
+
+
+class GELU(nn.Module):
+    """A user's module under a name that torch has, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "GELU": nn.GELU(),
+    "GELU by tanh": nn.GELU(approximate="tanh"),
+    "GELU by tanh, of timm": GELUTanh(),
+    "QuickGELU of timm": QuickGELU(),
+    "SiLU": nn.SiLU(),
+    "ReLU": nn.ReLU(),
+    "Mish": nn.Mish(),
+    "one of the user's": Swish(),
+    "the user's under torch's name": GELU(),
+    "a function": torch.tanh,
+    **{f"{name} of transformers": ACT2FN[name] for name in ("gelu", "gelu_new", "quick_gelu")},
+    **{
+        f"{name} of transformers": ACT2FN[name]
+        for name in ("gelu_pytorch_tanh", "gelu_python", "gelu_10", "silu", "relu", "tanh")
+    },
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation(name: str) -> None:
+    """The slope of every activation is autograd's, whichever way it is found."""
+    step, x = Activation(ACTIVATIONS[name]), 3.0 * rows()
+    check(step, ACTIVATIONS[name], x)
+    assert not step.uniform and step.offset() is None
+    with torch.no_grad():
+        assert not step.slope(x).requires_grad
+
+
+@pytest.mark.parametrize("gate_last", [False, True])
+@pytest.mark.parametrize("name", ["GELU", "SiLU", "one of the user's"])
+def test_gated_activation(name: str, gate_last: bool) -> None:
+    act = ACTIVATIONS[name]
+
+    def gated(x: Tensor) -> Tensor:
+        a, b = x[..., : D // 2], x[..., D // 2 :]
+        return a * act(b) if gate_last else act(a) * b
+
+    step = GatedActivation(act, gate_last)
+    check(step, gated, 2.0 * rows())
+    assert not step.uniform
+
+
 @pytest.mark.parametrize("name", NORMS)
-def test_held_norm_is_affine(name: str) -> None:
+def test_frozen_norm_is_affine(name: str) -> None:
     module: Any = NORMS[name]()
     step, x = Norm(module), rows()
     offset = step.offset()
     offset = torch.zeros(D).double() if offset is None else offset
-    assert torch.allclose(step.push(x, x, hold=True) + offset, module(x), rtol=1e-10, atol=1e-10)
-    c, t = rows(), rows()
-    one, other = (step.push(x, t, True) * c).sum(), (step.pull(x, c, True) * t).sum()
+    frozen = step.at(x, frozen=True)
+    through = frozen.jvp(x[..., None, :])[..., 0, :] + offset
+    assert torch.allclose(through, module(x), rtol=1e-10, atol=1e-10)
+    c, t = rows(B, Q, K, D), rows(B, Q, K, D)
+    one, other = (frozen.jvp(t) * c).sum(), (frozen.vjp(c) * t).sum()
     assert torch.isclose(one, other, rtol=1e-10)
 
 
 @pytest.mark.parametrize("name", NORMS)
 def test_one_tangent_for_all_rows(name: str) -> None:
+    """The mean of all rows' tangents, in two halves, the second of which folds into a weight."""
     step, x, tangent = Norm(NORMS[name]()), rows(), rows(B, 5, D)
-    weight = rows(1, 6, D)[0]
-    for hold in (False, True):
-        moved = step.push_mean(x, tangent, hold)
-        for n in range(5):
-            same = tangent[:, n : n + 1].expand(B, Q, D)
-            expected = step.push(x, same, hold).mean(1)
-            found = step.constant(moved)[:, n]
-            assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
-            read = moved[:, n] @ step.fold(weight).T
-            assert torch.allclose(read, expected @ weight.T, rtol=1e-10, atol=1e-12)
+    weight = rows(6, D)
+    same = tangent[:, None].expand(B, Q, 5, D)
+    expected = step.at(x).jvp(same).mean(1)
+    moved = step.jvp_mean(x, tangent)
+    assert torch.allclose(step.constant(moved), expected, rtol=1e-10, atol=1e-12)
+    read = moved @ step.fold(weight).T
+    assert torch.allclose(read, expected @ weight.T, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("lead", [(B,), (4, B)])
+@pytest.mark.parametrize("name", NORMS)
+def test_one_cotangent_for_all_rows(name: str, lead: tuple[int, ...]) -> None:
+    step, x, c = Norm(NORMS[name]()), rows(*lead, Q, D), rows(*lead, 1, K, D)
+    expected = step.at(x).vjp(c.expand(*lead, Q, K, D)).sum(-3, keepdim=True)
+    assert torch.allclose(step.vjp_sum(x, c), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("module", [nn.BatchNorm1d(D), nn.GroupNorm(2, D), nn.Tanh()])
@@ -195,78 +225,3 @@ def test_other_norms_are_refused(module: nn.Module) -> None:
 def test_a_norm_over_channels_first_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="LayerNorm2d is no norm"):
         Norm(LayerNorm2d(D))
-
-
-# -- Chains
-
-
-def a_chain(x: Tensor, order: str) -> tuple[Chain, Callable[[Tensor], Tensor]]:
-    linear, norm = drawn(nn.Linear(D, D)), drawn(nn.LayerNorm(D))
-    gamma, gate = rows(D), rows()
-    inner, outer = drawn(RmsNorm(D)), LayerScale(gamma)
-    steps: dict[str, Step] = {
-        "i": Norm(inner),
-        "g": Gate(gate),
-        "l": Linear(linear),
-        "s": outer,
-        "n": Norm(norm),
-    }
-    functions = {
-        "i": inner,
-        "g": lambda z: z * gate,
-        "l": linear,
-        "s": lambda z: z * gamma,
-        "n": norm,
-    }
-
-    def run(z: Tensor) -> Tensor:
-        for letter in order:
-            z = functions[letter](z)
-        return z
-
-    return Chain.of([steps[letter] for letter in order], x), run
-
-
-ORDERS = ["l", "ls", "ln", "igls", "igln"]
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_chain(order: str) -> None:
-    x = rows()
-    chain, run = a_chain(x, order)
-    assert torch.allclose(chain.output, run(x).detach(), rtol=1e-11)
-    c, t = rows(), rows()
-    _, vjp = torch.autograd.functional.vjp(run, x, c)
-    _, jvp = torch.autograd.functional.jvp(run, x, t)
-    assert torch.allclose(chain.pull(c), vjp, rtol=1e-9, atol=1e-10)
-    assert torch.allclose(chain.pull_rows(c), vjp.sum(1), rtol=1e-9, atol=1e-10)
-    assert torch.allclose(chain.push(t), jvp, rtol=1e-9, atol=1e-10)
-    assert chain.uniform == (order in ("l", "ls"))
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_held_chain_and_its_biases(order: str) -> None:
-    """The held chain is affine: u·output = (pulled u)·x + what its biases add."""
-    x, u = rows(), rows()
-    chain, _ = a_chain(x, order)
-    pulled, offsets = chain.pull_offsets(u)
-    assert torch.allclose(pulled, chain.pull(u, hold=True))
-    total = (pulled * x).sum((1, 2)) + offsets
-    assert torch.allclose(total, (u * chain.output).sum((1, 2)), rtol=1e-9)
-
-
-def test_where_the_published_code_reads() -> None:
-    x = rows()
-    chain, _ = a_chain(x, "igls")
-    before = chain.before_layer_scale()
-    assert len(before.steps) == 3
-    assert torch.equal(before.output, chain.trace[3])
-    chain, _ = a_chain(x, "ln")
-    assert chain.before_layer_scale() is chain, "a post-norm is read after it"
-
-
-def test_since() -> None:
-    chain, _ = a_chain(rows(), "igls")
-    late = chain.since(Linear)
-    assert [type(step) for step in late.steps] == [Linear, LayerScale]
-    assert torch.equal(late.trace[0], chain.trace[2])

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from readout.test_class_embedding import CLS, B, C, D, N, norm, one_head
-from readout.test_probe import PLACE, heads, hidden
+from readout.test_class_embedding import CLS, C, D, N, norm, one_head
+from readout.test_probe import PLACE, check_derivatives, heads, hidden
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -48,15 +48,7 @@ def test_a_translated_token_is_read_by_the_class_embedding(tokens: slice) -> Non
 @pytest.mark.parametrize("tokens", [CLS, slice(0, None)])
 def test_derivatives(tokens: slice) -> None:
     own = one_head(tokens, norm(3)).readout
-    read = lens(own).at(1, "resid_post")
-    rows = hidden()[:, tokens].clone().requires_grad_(True)
-    g = torch.randn(B, C, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
-    (expected,) = torch.autograd.grad((read(rows) * g).sum(), rows)
-    torch.testing.assert_close(read.pull(rows.detach(), g), expected)
-    held = read.hold(rows.detach())
-    whole = (held.pull(g) * rows).sum((1, 2)) + held.offset(g)
-    torch.testing.assert_close(whole, (read(rows) * g).sum(-1))
-    assert held.pooled_mlp(g) is None
+    check_derivatives(lens(own).at(1, "resid_post"), hidden()[:, tokens])
 
 
 def test_directions_of_tokens() -> None:
@@ -99,8 +91,8 @@ def test_training_by_parts_of_a_batch_is_the_same(monkeypatch: pytest.MonkeyPatc
     own = one_head(CLS, norm(3)).readout
     x = torch.randn(6, N, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     trainers = []
-    for held in (1 << 25, 2 * N * C):
-        monkeypatch.setattr("captum_classemb.readout.training._LOGITS", held)
+    for at_once in (1 << 25, 2 * N * C):
+        monkeypatch.setattr("captum_classemb.readout.training._LOGITS", at_once)
         trainer = TranslatorTrainer(own, D)
         losses = [trainer.step(x, translator()(x)) for _ in range(3)]
         trainers.append((trainer, losses))

@@ -141,7 +141,7 @@ def test_fitted_readouts_stand_wherever_a_readout_is() -> None:
         logits = readout.at(1, "resid_post").project(hidden, target)
         patches = projection.attribute_patches(pixels, target).flatten(1)
         torch.testing.assert_close(patches, logits[:, 1:])
-        gradient = ClassEmbeddingGradient(model, readout=readout, objective="cross_entropy")
+        gradient = ClassEmbeddingGradient(model, readout=readout, objective="log_probability")
         maps = gradient.attribute_patches(pixels, target).sum((1, 2))
         classes = gradient.attribute_classes(pixels)
         torch.testing.assert_close(classes[torch.arange(2), target], maps)

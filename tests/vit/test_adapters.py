@@ -22,7 +22,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from captum_classemb.errors import InputError, UnsupportedModelError
-from captum_classemb.readout import Chain
+from captum_classemb.readout import OutputPath
 from captum_classemb.vit import ALL, ViT, adapt, record, register_adapter
 
 
@@ -92,30 +92,30 @@ def test_memories_of_attention(family: str) -> None:
     known = case(family)
     vit, trace = known.vit, known.oracle.trace
     reads = vit.readout.reads
-    sites = {"values": ALL, "attention": ALL, "attn_tail": reads}
+    sites = {"values": ALL, "attention": ALL, "attn_path": reads}
     rec = record(vit, known.images, sites)
     few = record(vit, known.images, {"attention": reads})
     for b in range(len(trace.attention)):
         assert close(torch.cat(rec["values"][b], 1), trace.values[b])
         assert close(torch.cat(rec["attention"][b], 1), trace.attention[b])
         assert close(torch.cat(few["attention"][b], 1), trace.attention[b][:, :, reads])
-        tails, rebuilt = rec["attn_tail"][b], []
-        for tail, mixed in zip(tails, known.oracle.mixed(b).chunk(len(tails), 1), strict=True):
+        paths, rebuilt = rec["attn_path"][b], []
+        for path, mixed in zip(paths, known.oracle.mixed(b).chunk(len(paths), 1), strict=True):
             rows = mixed.transpose(1, 2).flatten(2)[:, reads]
-            rebuilt.append(Chain.of(tail.steps, rows).output)
+            rebuilt.append(OutputPath.of(path.steps, rows).output)
         assert close(sum(rebuilt), trace.branch[b][:, reads])
-        assert close(sum(tail.output for tail in tails), trace.branch[b][:, reads])
+        assert close(sum(path.output for path in paths), trace.branch[b][:, reads])
 
 
 def test_coefficients_are_what_enters_the_last_linear_layers(family: str) -> None:
     known = case(family)
     vit, trace = known.vit, known.oracle.trace
-    rec = record(vit, known.images, ["mlp_coefficients", "mlp_tail"])
+    rec = record(vit, known.images, ["mlp_coefficients", "mlp_path"])
     for b in range(len(trace.coefficients)):
         memories = rec["mlp_coefficients"][b]
         assert close(torch.cat(memories, -1), trace.coefficients[b])
-        pairs = zip(rec["mlp_tail"][b], memories, strict=True)
-        assert close(sum(Chain.of(t.steps, m).output for t, m in pairs), trace.mlp_branch[b])
+        pairs = zip(rec["mlp_path"][b], memories, strict=True)
+        assert close(sum(OutputPath.of(p.steps, m).output for p, m in pairs), trace.mlp_branch[b])
         coefficients = record(vit, known.images, ["attn_coefficients"])["attn_coefficients"][b]
         assert close(torch.cat(coefficients, -1), trace.attn_coefficients[b])
 

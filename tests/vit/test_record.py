@@ -55,10 +55,10 @@ ROWS = {
     "attention": lambda entry: entry[0].shape[2],
     "attn_coefficients": lambda entry: entry[0].shape[1],
     "attn_out": lambda entry: entry.shape[1],
-    "attn_tail": lambda entry: entry[0].output.shape[1],
+    "attn_path": lambda entry: entry[0].output.shape[1],
     "mlp_coefficients": lambda entry: entry[0].shape[1],
     "mlp_out": lambda entry: entry.shape[1],
-    "mlp_tail": lambda entry: entry[0].output.shape[1],
+    "mlp_path": lambda entry: entry[0].output.shape[1],
     "resid_mid": lambda entry: entry.shape[1],
     "resid_post": lambda entry: entry.shape[1],
     "resid_pre": lambda entry: entry.shape[1],
@@ -78,15 +78,15 @@ def test_rows_are_the_same_as_those_of_all(vit: ViT, pixels: Tensor, site: str) 
         assert torch.equal(some[site][b], all_rows[site][b][:, :2])
 
 
-@pytest.mark.parametrize("sites", ["resid_post", "attn_out", "values", "values keys", "attn_tail"])
+@pytest.mark.parametrize("sites", ["resid_post", "attn_out", "values", "values keys", "attn_path"])
 def test_what_is_kept_does_not_hold_on_to_more(vit: ViT, pixels: Tensor, sites: str) -> None:
     """A slice that shares storage with what is not kept would keep all of it in memory."""
     rows = ALL if "values" in sites else slice(0, 1)
     recording = record(vit, pixels, dict.fromkeys(sites.split(), rows), blocks=[0, 2])
     tensors: list[Tensor] = []
     for entry in (recording[site][block] for site in sites.split() for block in (0, 2)):
-        if sites == "attn_tail":
-            tensors += entry[0].trace
+        if sites == "attn_path":
+            tensors += [*entry[0].inputs, entry[0].output]
         else:
             tensors += entry if isinstance(entry, tuple) else [entry]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
