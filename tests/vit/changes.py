@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vit.changed import Parts, random_images, small
+from vit.changed import LIBRARIES, Parts, random_images, small
 
-LIBRARIES = ("timm", "torchvision", "hugging face")
 TIMM = ("timm",)
+#: Where what is changed is the same in every library, one beside timm is enough.
+WITH_TORCHVISION = ("timm", "torchvision")
+WITH_HUGGING_FACE = ("timm", "hugging face")
 EXACT = frozenset({"exact"})
 REFUSED = frozenset({"refused"})
 EITHER = EXACT | REFUSED

@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from vit import changes_of_ends, changes_of_parts, changes_of_stream, changes_of_weights
-from vit.changed import Parts, Truth, UnlikeError, logits_in, random_images, small
-from vit.changes import CHANGES, EXACT, LIBRARIES, Change
+from vit.changed import LIBRARIES, Parts, random_images, small
+from vit.changes import CHANGES, EXACT, Change
+from vit.truth import Truth, UnlikeError, logits_in
 
 from captum_classemb import (
     ClassEmbeddingGradient,
@@ -50,15 +51,25 @@ def refusal(error: Exception, known: Change) -> str:
     return "refused"
 
 
-def run(name: str, method: Any, images: Tensor, target: Tensor) -> dict[str, Any]:
+#: What is asked of a method, new and after an earlier call: maps of one class where the other asks
+#: for all, since both are the same map.
+QUESTIONS = {
+    "memory": ("patches pixels ledger", "classes ledger"),
+    "gradient": ("patches", "classes"),
+    "patches": ("classes", "patches"),
+    "projection": ("patches", "patches"),
+}
+
+
+def run(name: str, method: Any, images: Tensor, target: Tensor, later: bool) -> dict[str, Any]:
     """What a method says; pixels share maps in one way for all methods."""
-    found = {"patches": method.attribute_patches(images, target)}
-    if name != "projection":
-        found["classes"] = method.attribute_classes(images)
-    if name == "memory":
-        found["pixels"] = method.attribute(images, target)
-        found["ledger"] = method.ledger(images, target)
-    return found
+    questions = {
+        "patches": partial(method.attribute_patches, images, target),
+        "classes": partial(method.attribute_classes, images),
+        "pixels": partial(method.attribute, images, target),
+        "ledger": partial(getattr(method, "ledger", len), images, target),
+    }
+    return {key: questions[key]() for key in QUESTIONS[name][later].split()}
 
 
 def apart(found: Tensor, expected: Tensor) -> float:
@@ -113,25 +124,23 @@ class Judge:
 
     def by_gradient(self, name: str, found: dict[str, Any]) -> str:
         """Whether maps are those of explicit attention."""
-        flat = found["patches"].flatten(-2)
-        flat = flat.unsqueeze(1) if flat.dim() == 3 else flat
-        expected = self.expected(name, flat.shape[-1])
-        summed = expected.sum((1, 2))
-        if flat.shape != expected.shape:  # blocks called more than once may be read as one
-            flat, expected = flat.sum((1, 2)), summed
-        if (error := apart(flat, expected)) > TOLERANCE:
-            return f"the map by {error:.0e}"
         if "classes" in found:
             target = self.truth.target
-            picked = found["classes"][torch.arange(len(target)), target].flatten(1)
-            if (error := apart(picked, summed)) > TOLERANCE:
-                return f"the map of all classes by {error:.0e}"
-        return ""
+            flat = found["classes"][torch.arange(len(target)), target].flatten(1)
+            expected = self.expected(name, flat.shape[-1]).sum((1, 2))
+        else:
+            flat = found["patches"].flatten(-2)
+            flat = flat.unsqueeze(1) if flat.dim() == 3 else flat
+            expected = self.expected(name, flat.shape[-1])
+            if flat.shape != expected.shape:  # blocks called more than once may be read as one
+                flat, expected = flat.sum((1, 2)), expected.sum((1, 2))
+        error = apart(flat, expected)
+        return f"the map by {error:.0e}" if error > TOLERANCE else ""
 
     def by_pixels(self, name: str, found: dict[str, Any]) -> str:
         """Whether patch j is what lies under j in the map."""
-        grid, (height, width) = found["patches"].shape[-2:], self.truth.images.shape[-2:]
-        regions = patch_regions(grid, height, width)
+        grid = found.get("classes", found.get("patches")).shape[-2:]
+        regions = patch_regions(grid, *self.truth.images.shape[-2:])
         if "pixels" in found:
             pixels = found["pixels"]
             shares = torch.stack([pixels[:, :, region].sum((1, 2)) for region in regions], 1)
@@ -176,7 +185,7 @@ def outcomes(known: Change, library: str) -> dict[str, str]:
         vit = adapt(parts.model)
         used = {name: make(vit) for name, make in METHODS.items()}
         for method in used.values():
-            method.attribute(random_images().to(vit.dtype), 2)
+            method.attribute_classes(random_images(2).to(vit.dtype))
     made = known.apply(parts)
     model, undo = (made, None) if isinstance(made, nn.Module) else (parts.model, made)
     try:
@@ -192,10 +201,10 @@ def outcomes(known: Change, library: str) -> dict[str, str]:
             return make(adapted[0])
 
         for name, make in METHODS.items():
-            found[name] = said(name, partial(new, make), known, judge, images, target)
+            asked = (known, judge, images, target)
+            found[name] = said(name, partial(new, make), *asked, later=False)
             if name in used:
-                again = partial(used.get, name)
-                found[f"{name}, later"] = said(name, again, known, judge, images, target)
+                found[f"{name}, later"] = said(name, partial(used.get, name), *asked, later=True)
         return found
     finally:
         if undo is not None:
@@ -203,11 +212,18 @@ def outcomes(known: Change, library: str) -> dict[str, str]:
 
 
 def said(
-    name: str, make: Any, known: Change, judge: Judge | None, images: Tensor, target: Tensor
+    name: str,
+    make: Any,
+    known: Change,
+    judge: Judge | None,
+    images: Tensor,
+    target: Tensor,
+    *,
+    later: bool,
 ) -> str:
     """The outcome of one method."""
     try:
-        found = run(name, make(), images, target)
+        found = run(name, make(), images, target, later)
     except (InputError, UnsupportedModelError) as error:
         if judge is not None and "no exact ledger" in str(error):
             judge.affine = False
@@ -215,7 +231,8 @@ def said(
     except Exception as error:  # noqa: BLE001
         return f"raised {type(error).__name__}: {str(error)[:90]}"
     if judge is None:
-        finite = bool(torch.isfinite(found["patches"]).all())
+        maps = found.get("classes", found.get("patches"))
+        finite = bool(torch.isfinite(maps).all())
         return f"returned in half precision, {'finite' if finite else 'not finite'}"
     try:
         return judge.verdict(name, found)
@@ -260,9 +277,11 @@ def test_the_judges_judge(library: str) -> None:
     images, target = random_images(), torch.tensor([2, 0, 4])
     judge = Judge(parts.model, parts, images, target)
     for name, make in METHODS.items():
-        found = run(name, make(parts.model), images, target)
-        assert judge.verdict(name, found) == "exact"
-        wrong = {key: found[key].roll(1, -1) for key in found if key != "ledger"}
-        wrong["patches"] = found["patches"] * (1 + 1e-5)
-        for key, value in wrong.items():
-            assert judge.verdict(name, found | {key: value}).startswith("wrong"), key
+        for later in (False, True):
+            found = run(name, make(parts.model), images, target, later)
+            assert judge.verdict(name, found) == "exact"
+            wrong = {key: found[key].roll(1, -1) for key in found if key != "ledger"}
+            scaled = {key: found[key] * (1 + 1e-5) for key in found if key != "ledger"}
+            for key in wrong:
+                assert judge.verdict(name, found | {key: wrong[key]}).startswith("wrong"), key
+                assert judge.verdict(name, found | {key: scaled[key]}).startswith("wrong"), key
