@@ -17,12 +17,6 @@ def _cells(length: int, cells: int, size: int | None, device: torch.device) -> T
     return (torch.arange(length, device=device) // size).clamp_max(cells - 1)
 
 
-def _sizes(length: int, cells: int, size: int | None, device: torch.device) -> Tensor:
-    """The number of pixels of each cell of one axis; counted on the device, without a copy."""
-    places = torch.arange(cells, device=device)
-    return (_cells(length, cells, size, device) == places[:, None]).sum(1)
-
-
 def patch_index(
     image_size: tuple[int, int], grid: tuple[int, int], patch_size: PatchSize | None = None
 ) -> Tensor:
