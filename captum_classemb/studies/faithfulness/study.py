@@ -11,18 +11,7 @@ import click
 import torch
 from torch import Tensor, nn
 
-from captum_classemb.attr import ClassEmbeddingGradient, MemoryPatchImportance
-from captum_classemb.attr._base import PatchAttribution
-from captum_classemb.attr.baselines import (
-    AttentionRollout,
-    AttnLRP,
-    CheferRelevance,
-    LeGrad,
-    LinearProbeImportance,
-    RawAttention,
-    TokenOcclusion,
-)
-from captum_classemb.attr.patch_importance import PatchImportance
+from captum_classemb.attr import METHODS, PatchAttribution
 from captum_classemb.data import OBJECT
 from captum_classemb.errors import InputError
 from captum_classemb.evaluation import BoxLocalisation, RemovalCurve
@@ -44,18 +33,6 @@ if TYPE_CHECKING:
 
     from captum_classemb.data import StudyDataset
 
-METHODS: dict[str, Callable[..., PatchAttribution]] = {
-    "patch-importance": PatchImportance,
-    "class-embedding-gradient": ClassEmbeddingGradient,
-    "memory-patch-importance": MemoryPatchImportance,
-    "chefer": CheferRelevance,
-    "attnlrp": AttnLRP,
-    "legrad": LeGrad,
-    "rollout": AttentionRollout,
-    "raw-attention": RawAttention,
-    "token-occlusion": TokenOcclusion,
-    "linear-probe": LinearProbeImportance,
-}
 _DEFAULT = ("patch-importance", "class-embedding-gradient", "chefer", "rollout")
 _BY_PROBE = "linear-probe"
 _NOWHERE = (-1, "")
@@ -74,7 +51,7 @@ class FaithfulnessStudy(ModelStudy):
 
     Args:
         config: the model and how it is studied.
-        methods: names of :data:`METHODS`.
+        methods: names of :data:`~captum_classemb.attr.METHODS`.
         steps: evenly spaced points after the unperturbed one.
         perturbation: ``"tokens"``, ``"mean"`` or ``"blur"``.
         probe: the file of linear probes that the method ``"linear-probe"`` reads patches with, of
@@ -178,8 +155,8 @@ class FaithfulnessStudy(ModelStudy):
 
     def _attribution(self, method: str) -> PatchAttribution:
         if method == _BY_PROBE:
-            return METHODS[method](self.vit, self.probe)
-        return METHODS[method](self.vit)
+            return METHODS[method].build(self.vit, self.probe)
+        return METHODS[method].build(self.vit)
 
     def passes(self, data: StudyDataset, images: Sequence[int]) -> list[Sequence[int]]:
         if self.probe is not None and self.probe.positions is not None:
