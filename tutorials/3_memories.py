@@ -108,8 +108,8 @@ plt.show()
 # %% [markdown]
 # ## The ledger of one prediction
 #
-# With every norm frozen, the logit is an exact sum of what the embedding, each head from each patch,
-# each MLP and the biases bring.
+# With every norm frozen, the logit is an exact sum of what the embedding, each head from each
+# patch, each MLP and the biases bring.
 
 # %%
 from captum_classemb import MemoryPatchImportance

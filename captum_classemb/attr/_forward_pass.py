@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,8 @@ class Needs(NamedTuple):
     sites: Mapping[str, slice] | None = None
 
 
-class Classes(NamedTuple):
+@dataclass(frozen=True)
+class Classes:
     """The classes explained and those they are set against: B×K both, the second or None."""
 
     index: Tensor

@@ -18,6 +18,7 @@ from captum_classemb.vit.forward_pass import ForwardPass, Stage
 
 __all__ = ["ClassEmbeddingGradient"]
 
+
 class ClassEmbeddingGradient(ForwardPassAttribution):
     """The patch importance of Vilas et al. (2023, §6), in one forward pass.
 
@@ -98,7 +99,7 @@ class ClassEmbeddingGradient(ForwardPassAttribution):
     def _delta(
         self, done: ForwardPass, stage: Stage, rows: Tensor, classes: Classes, alike: bool
     ) -> Tensor:
-        """∂score/∂rows of each block's own readout: L×B×Q×K×D, summed over Q where rows are alike."""
+        """∂score/∂rows of each block's own readout: L×B×Q×K×D, summed over Q if ``alike``."""
 
         def of(readout: Readout, x: Tensor) -> Tensor:
             g = self.weights(readout(x), classes, self.objective)
@@ -174,9 +175,8 @@ class ClassEmbeddingGradient(ForwardPassAttribution):
         Where p_c is close to 1, the differences above are lost to rounding.
         """
         classes = Classes(leads.T.contiguous())
-        plain = sum(
-            self._of_heads(self._stage_entries(done, stage, classes)).sum((0, 2)) for stage in done.stages
-        )
+        each = [self._stage_entries(done, stage, classes) for stage in done.stages]
+        plain = torch.stack([self._of_heads(e).sum((0, 2)) for e in each]).sum(0)
         same = leads.T[:, :, None] == index
         found = same.int().argmax(1)
         taken = plain.gather(1, found[..., None].expand(-1, -1, plain.shape[2]))

@@ -181,7 +181,7 @@ class MemoryPatchImportance(ForwardPassAttribution):
         return every_block and len(self.heads) == max(head_counts(self.vit))
 
     @log_usage(part_of_slo=True)  # type: ignore[untyped-decorator]
-    def attribute(  # type: ignore[override]
+    def attribute(
         self,
         inputs: TensorOrTuple,
         target: Any = None,
@@ -209,7 +209,10 @@ class MemoryPatchImportance(ForwardPassAttribution):
             TargetError: if the target is missing, out of range, or of the wrong length or type.
         """
         if not return_convergence_delta:
-            return super().attribute(inputs, target, additional_forward_args, contrast=contrast)
+            maps: TensorOrTuple = super().attribute(
+                inputs, target, additional_forward_args, contrast=contrast
+            )
+            return maps
         self._require_complete()
         args = forward_args(additional_forward_args)
         pixels = images(self.vit, inputs, args, finite=False)
@@ -309,7 +312,9 @@ class MemoryPatchImportance(ForwardPassAttribution):
                 mlp.append(entry)
                 bias = bias + offsets
             done.checks.finish()
-            plain = self.objective == "logit" or logits.shape[1] == 1 or classes.contrast is not None
+            plain = (
+                self.objective == "logit" or logits.shape[1] == 1 or classes.contrast is not None
+            )
             log_p = logits.log_softmax(-1)
             score = (logits if plain else log_p).gather(1, classes.index)[:, 0]
             if classes.contrast is not None:

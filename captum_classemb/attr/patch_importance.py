@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -108,9 +108,7 @@ class PatchImportance(ForwardPassAttribution):
         # business; log-odds differ from the log-probability by one, and lose no digits.
         return "log_odds" if self.objective == "log_probability" else "logit"
 
-    def _stream(
-        self, done: ForwardPass, cotangent: Tensor
-    ) -> tuple[Tensor, list[list[Tensor]]]:
+    def _stream(self, done: ForwardPass, cotangent: Tensor) -> tuple[Tensor, list[list[Tensor]]]:
         """A·v·z of every block (L×B×H×K×N) up to a factor, with A of each stage and module."""
         if not follows_rows(self.vit, done.rows):
             attention = [attention_of(stage) for stage in done.stages]
@@ -175,11 +173,10 @@ class PatchImportance(ForwardPassAttribution):
             c = torch.where((index == top)[:, None], plain, c)
         s = self._patches(evidence.total()).flatten(0, 1)[:, None]
         d, c = (part.transpose(1, 2).flatten(0, 1)[:, None] for part in (d, c))
-        return combined(s, d, c)[:, 0].unflatten(0, (len(logits), -1))
+        maps: Tensor = combined(s, d, c)[:, 0].unflatten(0, (len(logits), -1))
+        return maps
 
-    def _of_all(
-        self, logits: Tensor, index: Tensor, vjp: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def _of_all(self, logits: Tensor, index: Tensor, vjp: Callable[[Tensor], Tensor]) -> Tensor:
         """The cotangents of K classes, B×Q×K×D, from one product with the class embedding.
 
         (e_c − p)/(1 − p_c) = e_c − q loses no digits but for the class on top, which is apart.
@@ -225,7 +222,8 @@ class _Back:
         if self.shares is not None:
             z = z.transpose(1, 2)
             z = (self.shares @ z.flatten(2)).unflatten(2, z.shape[2:]).transpose(1, 2)
-        return z.unflatten(-1, (heads, -1)).permute(0, 3, 2, 1, 4)
+        by_head: Tensor = z.unflatten(-1, (heads, -1)).permute(0, 3, 2, 1, 4)
+        return by_head
 
 
 class _Evidence:

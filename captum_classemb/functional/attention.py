@@ -1,4 +1,4 @@
-"""Attention weights for the query rows that are asked for, and what they carry along a direction."""
+"""Attention weights for the query rows asked for, and what they carry along a direction."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def values_along(values: Tensor, directions: Tensor) -> Tensor:
     *lead, rows, count, _ = directions.shape
     z = directions.reshape(*lead, rows * count, heads, width).transpose(-2, -3)
     along: Tensor = z @ values.to(z.dtype).mT
-    return along.unflatten(-2, (rows, count))
+    by_row: Tensor = along.unflatten(-2, (rows, count))
+    return by_row
 
 
 def carried(attention: Tensor, values: Tensor, directions: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ def carried(attention: Tensor, values: Tensor, directions: Tensor) -> Tensor:
 
 
 def chunks(values: Tensor) -> list[slice]:
-    """The blocks (L×…) that are worked on at once: all on an accelerator, few megabytes on a CPU."""
+    """The blocks (L×…) worked on at once: all on an accelerator, few megabytes on a CPU."""
     count = len(values)
     some = count
     if values.device.type == "cpu":

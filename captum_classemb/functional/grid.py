@@ -72,11 +72,10 @@ def spread(
                   [0.2500, 0.2500]]]])
     """
     h, w = patches.shape[-2:]
-    index, counts = _pixels(
-        image_size, (h, w), channels, patch_size, patches.device, patches.dtype
-    )
+    index, counts = _pixels(image_size, (h, w), channels, patch_size, patches.device, patches.dtype)
     shared = (patches.flatten(-2) / counts).index_select(-1, index)
-    return shared.unflatten(-1, image_size)[:, None].repeat(1, channels, 1, 1)
+    pixels: Tensor = shared.unflatten(-1, image_size)[:, None].repeat(1, channels, 1, 1)
+    return pixels
 
 
 @lru_cache(maxsize=32)

@@ -8,7 +8,7 @@ timm's "simple" norm divides by the standard deviation without removing the mean
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ class NormJacobian:
         """J·tangent: …×Q×K×D for K tangents of each row."""
         return self._project(tangent, self.slope, self.x_hat) * self.scale[..., None, :]
 
-    def __getitem__(self, index: int) -> NormJacobian:
+    def __getitem__(self, index: Any) -> NormJacobian:
         """Of one block, where the rows are L×…."""
         parts = (None if t is None else t[index] for t in (self.x_hat, self.slope))
         return NormJacobian(self.scale[index], self.centres, *parts)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.precision import upcast
 from captum_classemb.readout.base import Readout
-from captum_classemb.readout.steps import OutputPath, Linear, Norm, Step, along
+from captum_classemb.readout.steps import Linear, Norm, OutputPath, Step, along
 
 __all__ = ["AttentionPooled", "LatentPool", "ProbePool", "TimmLatentPool"]
 

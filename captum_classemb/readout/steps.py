@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_classemb.errors import UnsupportedModelError
-from captum_classemb.functional.norm import NormJacobian, NormKind, Normalised, normalise
+from captum_classemb.functional.norm import Normalised, NormJacobian, NormKind, normalise
 from captum_classemb.functional.precision import upcast
 
 __all__ = [
@@ -49,7 +49,7 @@ class Derivative(Protocol):
         """J·tangent."""
         ...
 
-    def __getitem__(self, index: int) -> Derivative:
+    def __getitem__(self, index: Any) -> Derivative:
         """Of one of L blocks."""
         ...
 
@@ -65,7 +65,7 @@ class Diagonal:
 
     jvp = vjp
 
-    def __getitem__(self, index: int) -> Diagonal:
+    def __getitem__(self, index: Any) -> Diagonal:
         """Of one block, where the factor is L×…."""
         one = isinstance(self.factor, float) or self.factor.dim() < 2
         return self if one else Diagonal(self.factor[index])  # type: ignore[index]
@@ -91,7 +91,7 @@ class Matrix:
     def jvp(self, tangent: Tensor) -> Tensor:
         return product(tangent, self.weight.mT)
 
-    def __getitem__(self, index: int) -> Matrix:
+    def __getitem__(self, index: Any) -> Matrix:
         """Of one of L blocks."""
         return Matrix(self.weight[index])
 
@@ -100,7 +100,8 @@ def product(x: Tensor, matrix: Tensor) -> Tensor:
     """…×I times I×O, or L×…×I times L×I×O."""
     if matrix.dim() == 2:
         return x @ matrix
-    return torch.bmm(x.flatten(1, -2), matrix).unflatten(1, x.shape[1:-1])
+    by_block: Tensor = torch.bmm(x.flatten(1, -2), matrix).unflatten(1, x.shape[1:-1])
+    return by_block
 
 
 def lifted(parameter: Tensor, dims: int) -> Tensor:
@@ -247,7 +248,8 @@ class Linear(Step):
         if bias is None:
             return product(x, weight.mT)
         y = torch.baddbmm(bias[:, None], x.flatten(1, -2), weight.mT)
-        return y.unflatten(1, x.shape[1:-1])
+        by_block: Tensor = y.unflatten(1, x.shape[1:-1])
+        return by_block
 
     def at(self, x: Tensor, frozen: bool = False) -> Matrix:
         return Matrix(self.weight)
@@ -370,20 +372,24 @@ class Activation(Step):
 
     def slope(self, x: Tensor) -> Tensor:
         """The derivative at x, …×D."""
-        name = type(self.function).__name__
-        name = name if type(self.function).__module__.startswith(("torch.", "timm.", "transformers.")) else ""
+        kind, aten = type(self.function), torch.ops.aten
+        known = kind.__module__.startswith(("torch.", "timm.", "transformers."))
+        name = kind.__name__ if known else ""
         one = torch.ones((), dtype=x.dtype, device=x.device).expand_as(x)
+        slope: Tensor | None = None
         if name in ("GELU", "GELUActivation"):
-            kind = getattr(self.function, "approximate", "none")
-            return torch.ops.aten.gelu_backward(one, x, approximate=kind)
-        if name in ("GELUTanh", "NewGELUActivation", "PytorchGELUTanh", "GELUTanhActivation"):
-            return torch.ops.aten.gelu_backward(one, x, approximate="tanh")
-        if name in ("QuickGELU", "QuickGELUActivation"):
-            return torch.ops.aten.silu_backward(one, x * 1.702)
-        if name in ("SiLU", "SiLUActivation"):
-            return torch.ops.aten.silu_backward(one, x)
-        if name == "ReLU":
-            return (x > 0).to(x.dtype)
+            approximate = getattr(self.function, "approximate", "none")
+            slope = aten.gelu_backward(one, x, approximate=approximate)
+        elif name in ("GELUTanh", "NewGELUActivation", "PytorchGELUTanh", "GELUTanhActivation"):
+            slope = aten.gelu_backward(one, x, approximate="tanh")
+        elif name in ("QuickGELU", "QuickGELUActivation"):
+            slope = aten.silu_backward(one, x * 1.702)
+        elif name in ("SiLU", "SiLUActivation"):
+            slope = aten.silu_backward(one, x)
+        elif name == "ReLU":
+            slope = (x > 0).to(x.dtype)
+        if slope is not None:
+            return slope
         with torch.enable_grad():
             leaf = x.detach().requires_grad_(True)
             (slope,) = torch.autograd.grad(self.function(leaf).sum(), leaf)
@@ -433,7 +439,7 @@ class GatedDerivative:
         a, b = (tangent * self.factors[..., None, :]).chunk(2, -1)
         return a + b
 
-    def __getitem__(self, index: int) -> GatedDerivative:
+    def __getitem__(self, index: Any) -> GatedDerivative:
         """Of one block, where the factors are L×…."""
         return GatedDerivative(self.factors[index])
 
@@ -589,7 +595,7 @@ class Grouped:
     def jvp(self, tangent: Tensor) -> Tensor:
         return self._apply(self.inner.jvp, tangent)
 
-    def __getitem__(self, index: int) -> Grouped:
+    def __getitem__(self, index: Any) -> Grouped:
         """Of one block, where the rows are L×…."""
         return Grouped(self.inner[index], self.groups)
 

@@ -18,10 +18,10 @@ from torch.utils.hooks import RemovableHandle
 
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.precision import no_autocast, upcast
+from captum_classemb.hooks import after, before, hooks_removed
 from captum_classemb.readout.steps import OutputPath, Step, stacked
 from captum_classemb.vit.active_edits import refuse_edits
 from captum_classemb.vit.checks import Checks
-from captum_classemb.hooks import after, before, hooks_removed
 from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT
 from captum_classemb.vit.record import Recording, SiteRecorder
 
@@ -362,7 +362,7 @@ class _Recorder:
         return next(self.free)
 
     def _weights(self, attention: Attention, call: Call) -> Tensor | None:
-        """A of the query rows; where one row asks, its scores alone: the softmax is of all blocks."""
+        """A of the query rows; of one row its scores alone: the softmax is of all blocks."""
         if not (self.beside and attention.plain_softmax(call, self.rows)):
             return attention.weights(call, self.rows)
         query, key = attention.queries(call, self.rows), attention.keys(call)
@@ -404,6 +404,8 @@ class _Recorder:
         if self.beside:
             outs = [stage.attn_out for stage in done.stages]
             attn_out = outs[0] if len(outs) == 1 else torch.cat(outs)
+            assert done.resid_pre is not None and done.mlp_out is not None
+            assert done.resid_post is not None
             total = done.resid_pre + attn_out + done.mlp_out
             self.checks.equal("outputs", self.chosen, total, done.resid_post)
         return done
@@ -419,7 +421,9 @@ class _Recorder:
         done.resid_pre = rows[1]
         # What enters a block, and what its MLP wrote, lie beside the values of the next.
         done.resid_post, written = torch.cat([rows[1:, 1:], upcast(self.ends)[:, None]], 1)
-        outer = [tuple(step.read() for step in self.vit.blocks[i].mlps[0].outer) for i in self.chosen]
+        outer = [
+            tuple(step.read() for step in self.vit.blocks[i].mlps[0].outer) for i in self.chosen
+        ]
         steps = stacked(outer)
         if steps is not None:
             done.mlp_out = OutputPath.of(steps, written).output

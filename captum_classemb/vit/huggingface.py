@@ -122,7 +122,7 @@ def _block(layer: Any) -> Block:
 
 def _hidden(layer: Any) -> tuple[Step, ...] | None:
     """The steps to what enters ``fc2``; None for an MLP that is not known."""
-    mlp = getattr(layer, "mlp", None)
+    mlp: Any = getattr(layer, "mlp", None)
     if hasattr(mlp, "gate_proj") and hasattr(mlp, "act_fn"):
         return SideBySide((mlp.gate_proj, mlp.up_proj)), GatedActivation(mlp.act_fn)
     if hasattr(mlp, "weights_in"):
@@ -131,7 +131,7 @@ def _hidden(layer: Any) -> tuple[Step, ...] | None:
         act = layer.intermediate.intermediate_act_fn
         return Linear(layer.intermediate.dense), Activation(act)
     act = getattr(mlp, "activation_fn", None) or getattr(mlp, "act_fn", None)
-    return None if act is None else (Linear(mlp.fc1), Activation(act))  # type: ignore[union-attr]
+    return None if act is None else (Linear(mlp.fc1), Activation(act))
 
 
 def _vit(model: Any, encoder: Any, readout: Readout | None, prefix: int, any_size: bool) -> ViT:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from captum_classemb.errors import InputError, UnsupportedModelError
+from captum_classemb.hooks import after, before, hooks_removed
 from captum_classemb.readout import OutputPath
 from captum_classemb.vit.active_edits import refuse_edits
-from captum_classemb.hooks import after, before, hooks_removed
 from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT
 
 __all__ = ["ALL", "SITES", "Recording", "SiteRecorder", "record", "record_module"]
@@ -52,7 +52,7 @@ class Recording:
     ``resid_pre`` and ``final`` the last block's ``resid_post``, and these lists have one entry.
     ``values`` and ``keys`` (B×H×N×d), ``attention`` (B×H×Q×N), the coefficients (B×N×M) and the
     paths are tuples with one entry for each parallel module of the block. A path is the
-    :class:`~captum_classemb.readout.OutputPath` from the memory coefficients to the residual stream.
+    :class:`~captum_classemb.readout.OutputPath` from memory coefficients to the residual stream.
     """
 
     sites: dict[str, list[Any]]

@@ -105,8 +105,10 @@ class RowStream:
         x, entry = _run([a.entry for a in attentions], entering)
         projections = [[p.read() for p in a.projections or ()] for a in attentions]
         made = torch.stack(
-            [torch.cat([p(x[i]) for p in ps], -1) if len(ps) > 1 else ps[0](x[i])
-             for i, ps in enumerate(projections)]
+            [
+                torch.cat([p(x[i]) for p in ps], -1) if len(ps) > 1 else ps[0](x[i])
+                for i, ps in enumerate(projections)
+            ]
         )
         heads, width = memories.values.shape[-3], memories.values.shape[-1]
         shared = (made.shape[-1] - heads * width) // 2
@@ -122,7 +124,10 @@ class RowStream:
         scores = (by_head * factor) @ keys.mT
         if any(b is not None for b in memories.bias):
             scores = torch.stack(
-                [s if b is None else s + b.to(s.dtype) for s, b in zip(scores, memories.bias, strict=True)]
+                [
+                    s if b is None else s + b.to(s.dtype)
+                    for s, b in zip(scores, memories.bias, strict=True)
+                ]
             )
         attention = scores.softmax(-1)
         mixed = (attention @ values).transpose(-2, -3).flatten(-2)
@@ -139,8 +144,18 @@ class RowStream:
                 # What a change of the gate's logit does to its product with x.
                 gated = x * step.gate * (1.0 - step.gate)
         return _Module(
-            attention, keys, values, by_head, attention * factor, entry, query_steps, key_steps,
-            projections, path, gates, gated,
+            attention,
+            keys,
+            values,
+            by_head,
+            attention * factor,
+            entry,
+            query_steps,
+            key_steps,
+            projections,
+            path,
+            gates,
+            gated,
         )
 
     def _mlp(self, mlps: Sequence[MLP], middle: Tensor) -> tuple[Tensor, list[Any]]:
@@ -151,12 +166,10 @@ class RowStream:
 
     def memories(self, block: int) -> tuple[list[Tensor], list[Tensor]]:
         """A of the rows (B×H×Q×N) and values (B×H×N×d) of each module of a block."""
-        modules, l = self._modules[block]
-        return [m.attention[l] for m in modules], [m.values[l] for m in modules]
+        modules, at = self._modules[block]
+        return [m.attention[at] for m in modules], [m.values[at] for m in modules]
 
-    def vjp(
-        self, block: int, cotangent: Tensor
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def vjp(self, block: int, cotangent: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Carry cotangents of a block's output back, one block.
 
         Args:
@@ -167,38 +180,38 @@ class RowStream:
             the cotangent of the block's input (B×Q×K×D), and of each attention module that of A·V
             (z, B×Q×K×(H·d)) and scale·A·v·z of each query row (B×H×Q×K×N).
         """
-        chains, l = self._mlps[block]
+        chains, at = self._mlps[block]
         middle = cotangent
         for chain in chains:
-            middle = _back(chain, l, cotangent, middle)
-        modules, l = self._modules[block]
+            middle = _back(chain, at, cotangent, middle)
+        modules, at = self._modules[block]
         entering, directions, carried = middle, [], []
         for module in modules:
             z, through_gate = middle, None
             for derivative in reversed(module.path):
                 gate = module.gates is not None and isinstance(derivative, GateDerivative)
                 if gate and module.gates is not None and module.gated is not None:
-                    through_gate = (z * module.gated[l][..., None, :]) @ module.gates[l].weight
-                z = derivative[l].vjp(z)
-            into, evidence = self._through_attention(module, l, z)
+                    through_gate = (z * module.gated[at][..., None, :]) @ module.gates[at].weight
+                z = derivative[at].vjp(z)
+            into, evidence = self._through_attention(module, at, z)
             into = into if through_gate is None else into + through_gate
-            entering = _back(module.entry, l, into, entering)
+            entering = _back(module.entry, at, into, entering)
             directions.append(z)
             carried.append(evidence)
         return entering, directions, carried
 
-    def _through_attention(self, module: _Module, l: int, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _through_attention(self, module: _Module, at: int, z: Tensor) -> tuple[Tensor, Tensor]:
         """From a cotangent of A·V to that of what queries, keys and values are made of."""
-        weights, keys, values = module.attention[l], module.keys[l], module.values[l]
-        query, scaled = module.query[l], module.scaled[l]
+        weights, keys, values = module.attention[at], module.keys[at], module.values[at]
+        query, scaled = module.query[at], module.scaled[at]
         batch, heads, rows, _ = weights.shape
         count, width = z.shape[2], values.shape[-1]
         by_head = z.reshape(batch, rows * count, heads, width).transpose(1, 2)
         along = (by_head @ values.mT).unflatten(2, (rows, count))
         # Times the factor of the dot products, which the derivatives of queries and keys need.
         carried = scaled[:, :, :, None] * along
-        total = carried.sum(-1, keepdim=True)
-        scores = torch.addcmul(carried, weights[:, :, :, None], total, value=-1)
+        whole = carried.sum(-1, keepdim=True)
+        scores = torch.addcmul(carried, weights[:, :, :, None], whole, value=-1)
         d_query = (scores.flatten(2, 3) @ keys).unflatten(2, (rows, count))
         own = scores[..., self.rows]
         if rows == 1:
@@ -210,18 +223,18 @@ class RowStream:
             d_value = torch.einsum("bhqr,bhqkd->bhrkd", weights[..., self.rows], by_row)
         # B×H×Q×K×d to B×Q×K×H×d.
         parts = [part.permute(0, 2, 3, 1, 4) for part in (d_query, d_key, d_value)]
-        kept = sum(p.weight.shape[-2] for p in module.projections[l]) - heads * width
+        kept = sum(p.weight.shape[-2] for p in module.projections[at]) - heads * width
         groups = 2 * heads * width // kept
         if groups > 1:
             # Heads that share keys and values add up.
             parts[1:] = [p.unflatten(-2, (heads // groups, groups)).sum(-2) for p in parts[1:]]
         d_query, d_key, d_value = (part.flatten(-2) for part in parts)
-        d_query = _back(module.query_steps, l, d_query)
-        d_key = _back(module.key_steps, l, d_key)
+        d_query = _back(module.query_steps, at, d_query)
+        d_key = _back(module.key_steps, at, d_key)
         made = torch.cat([d_query, d_key, d_value], -1)
         total: Tensor | None = None
         start = 0
-        for step in module.projections[l]:
+        for step in module.projections[at]:
             weight = step.weight
             part = made[..., start : start + weight.shape[-2]] @ weight
             start += weight.shape[-2]
@@ -255,20 +268,21 @@ def _run(paths: Sequence[Sequence[Step]], x: Tensor) -> tuple[Tensor, list[Any]]
     return x, found
 
 
-def _back(chain: Sequence[Any], l: int, cotangent: Tensor, onto: Tensor | None = None) -> Tensor:
+def _back(chain: Sequence[Any], at: int, cotangent: Tensor, onto: Tensor | None = None) -> Tensor:
     """A cotangent carried back through one block's steps, added to another."""
     c = cotangent
     for i, derivative in reversed(list(enumerate(chain))):
         first = i == 0
         if isinstance(derivative, tuple):
-            scale, into, back = (part[l] for part in derivative)
+            scale, into, back = (part[at] for part in derivative)
             along = c @ into
             moved = c * scale if not first or onto is None else torch.addcmul(onto, c, scale)
             c = torch.baddbmm(
                 moved.flatten(0, 1), along.flatten(0, 1), back.flatten(0, 1), alpha=-1.0
             ).unflatten(0, moved.shape[:2])
             if first and onto is not None:
-                return c
+                done: Tensor = c
+                return done
         else:
-            c = derivative[l].vjp(c)
+            c = derivative[at].vjp(c)
     return c if onto is None else c + onto

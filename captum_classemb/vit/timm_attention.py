@@ -105,7 +105,11 @@ class RotaryAttention(TimmAttention):
             self.watch = (module.q_proj, module.k_proj, module.v_proj, *self.watch)
             self.projections = tuple(map(Linear, self.watch[:3]))
             shared = getattr(module, "num_kv_groups", 1)
-            self.key_steps = tuple(Norm(n.module, self.heads // shared) for n in self.key_steps)
+            self.key_steps = tuple(
+                Norm(norm, self.heads // shared)
+                for norm in (_present(module, "k_norm"),)
+                if norm is not None
+            )
         elif getattr(module, "q_bias", None) is not None:
             self.projections = (BiasedLinear(module),)
 
@@ -157,8 +161,9 @@ class BiasedLinear(Linear):
         module = self.attention
         weight, own = super()._parameters()
         bias = upcast(torch.cat([module.q_bias, module.k_bias, module.v_bias]).detach())
-        separate = module.qkv_bias_separate and own is not None
-        return weight, bias + own if separate else bias
+        if module.qkv_bias_separate and own is not None:
+            bias = bias + own
+        return weight, bias
 
 
 def _biased_projection(module: Any, tokens: Tensor, index: int) -> Tensor:

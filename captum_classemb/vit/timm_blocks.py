@@ -8,7 +8,15 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import nn
 
 from captum_classemb.errors import UnsupportedModelError
-from captum_classemb.readout import SideBySide, Activation, GatedActivation, LayerScale, Linear, Norm, Step
+from captum_classemb.readout import (
+    Activation,
+    GatedActivation,
+    LayerScale,
+    Linear,
+    Norm,
+    SideBySide,
+    Step,
+)
 from captum_classemb.vit.parts import MLP, Attention, Block
 from captum_classemb.vit.timm_attention import read_attention
 

@@ -8,6 +8,7 @@ compared at every call at the rows that are read, by :mod:`~captum_classemb.vit.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.functional.precision import no_autocast, upcast
+from captum_classemb.hooks import before, hooks_removed
 from captum_classemb.readout import OutputPath
 from captum_classemb.vit.active_edits import refuse_edits
 from captum_classemb.vit.checks import TOLERANCE
-from captum_classemb.hooks import before, hooks_removed
 from captum_classemb.vit.parts import Call, ViT
 from captum_classemb.vit.record import Recording, record
 
@@ -132,7 +133,7 @@ def _state(vit: ViT) -> tuple[int, bool]:
 _PLAIN = (int, float, bool, str, tuple)
 
 
-class _Reached(Exception):
+class _ReachedError(Exception):
     """The tokens of the first block are there: the rest of the pass is not needed."""
 
 
@@ -141,13 +142,11 @@ def _embedding(vit: ViT, pixels: Tensor, forward_args: tuple[Any, ...]) -> Tenso
 
     def stop(args: tuple[Any, ...], kwargs: Any) -> None:
         found.append(Call(args, kwargs).argument(vit.blocks[0].stream).clone())
-        raise _Reached
+        raise _ReachedError
 
-    with hooks_removed([before(vit.blocks[0].module, stop)]), torch.no_grad():
-        try:
-            vit(pixels, *forward_args)
-        except _Reached:
-            pass
+    hooked = hooks_removed([before(vit.blocks[0].module, stop)])
+    with hooked, torch.no_grad(), suppress(_ReachedError):
+        vit(pixels, *forward_args)
     return found[0]
 
 

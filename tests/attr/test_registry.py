@@ -59,9 +59,7 @@ def test_one_forward_pass_serves_several_methods() -> None:
     attribute_together(methods[:3], PIXELS, [1, 2])
     assert len(passes) == 1
     handle.remove()
-    for found, expected in zip(
-        attribute_together(methods, PIXELS, [1, 2]), alone, strict=True
-    ):
+    for found, expected in zip(attribute_together(methods, PIXELS, [1, 2]), alone, strict=True):
         torch.testing.assert_close(found, expected)
 
 
