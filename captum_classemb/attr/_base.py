@@ -78,7 +78,7 @@ class PatchAttribution(Attribution):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         """The method, its model and its options."""
-        options = {k: v for k, v in vars(self).items() if k in _OPTIONS and v is not None}
+        options = {k: getattr(self, k) for k in _OPTIONS if hasattr(self, k)}
         listed = "".join(f", {name}={value!r}" for name, value in options.items())
         return f"{type(self).__name__}({type(self.vit.model).__qualname__}{listed})"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from captum_classemb.functional.objectives import logit_gradient, runner_up
 from captum_classemb.functional.precision import no_autocast
 from captum_classemb.readout import Readout
 from captum_classemb.vit import ViT
+from captum_classemb.vit.checks import reading
 from captum_classemb.vit.forward_pass import ForwardPass, forward_pass
 from captum_classemb.vit.verify import call_tolerance
 
@@ -32,6 +34,7 @@ class Needs(NamedTuple):
     attention: bool = False
     keys: bool = False
     sites: Mapping[str, slice] | None = None
+    site_blocks: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ class ForwardPassAttribution(PatchAttribution):
 
     def class_maps(self, done: ForwardPass, index: Tensor) -> Tensor:
         """The maps of the classes ``index`` (K): B×K×(N − P)."""
-        with torch.inference_mode(False), no_autocast(done.logits.device):
+        with torch.inference_mode(False), no_autocast(done.logits.device), self._reading():
             batch = len(done.logits)
             some = index.split(self._AT_ONCE)
             return torch.cat([self._summed(done, Classes(c.expand(batch, -1))) for c in some], 1)
@@ -174,6 +177,9 @@ class ForwardPassAttribution(PatchAttribution):
             total = part if total is None else total + part
         assert total is not None
         return total
+
+    def _reading(self) -> AbstractContextManager[None]:
+        return reading(type(self.vit.model).__qualname__)
 
     def _patches(self, tokens: Tensor) -> Tensor:
         """…×N without prefix tokens."""
@@ -197,7 +203,7 @@ class ForwardPassAttribution(PatchAttribution):
         self, done: ForwardPass, index: Tensor, contrast: Any = None, summed: bool = True
     ) -> Tensor:
         """The maps of one class an image (B): B×(N − P), or B×L'×H'×(N − P)."""
-        with torch.inference_mode(False), no_autocast(done.logits.device):
+        with torch.inference_mode(False), no_autocast(done.logits.device), self._reading():
             classes = self.against(done, index, contrast)
             if summed:
                 return self._summed(done, classes)[:, 0]
@@ -270,7 +276,7 @@ class ForwardPassAttribution(PatchAttribution):
 
 
 def run(
-    method: ForwardPassAttribution, needs: Needs, pixels: Tensor, args: tuple[Any, ...]
+    method: PatchAttribution, needs: Needs, pixels: Tensor, args: tuple[Any, ...]
 ) -> ForwardPass:
     """One forward pass of a method's model, with the logits compared where it has a classifier."""
     vit = method.vit
@@ -284,12 +290,13 @@ def run(
             attention=needs.attention,
             keys=needs.keys,
             sites=needs.sites,
+            site_blocks=needs.site_blocks,
             forward_args=args,
             tolerance=call_tolerance(vit, pixels),
         )
         done.checks.pixels = pixels
         if vit.has_readout and vit.readout.reads == needs.rows:
-            with no_autocast(pixels.device):
+            with no_autocast(pixels.device), reading(done.checks.model):
                 done.rebuilt = vit.readout(done.final)
                 done.checks.equal("logits", (), done.rebuilt, done.logits)
     return done

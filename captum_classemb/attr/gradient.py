@@ -120,7 +120,7 @@ class ClassEmbeddingGradient(ForwardPassAttribution):
         one_way = all(path.uniform or path.output.shape[2] == 1 for path in paths)
         if len(index) <= self._AT_ONCE or not (one_way and isinstance(readout, ClassEmbedding)):
             return super().class_maps(done, index)
-        with no_autocast(done.logits.device):
+        with no_autocast(done.logits.device), self._reading():
             return self._linear_head(done, readout, index)
 
     def _linear_head(self, done: ForwardPass, readout: ClassEmbedding, index: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ class MemoryPatchImportance(ForwardPassAttribution):
         one_way = all(path.uniform or path.output.shape[2] == 1 for path in paths)
         if len(index) <= self._AT_ONCE or not (one_way and isinstance(readout, ClassEmbedding)):
             return super().class_maps(done, index)
-        with no_autocast(done.logits.device):
+        with no_autocast(done.logits.device), self._reading():
             attention = [attention_of(stage) for stage in done.stages]
             heads = None if self._every_head else self.heads
             features = direct_maps(readout, done.final, done.stages, attention, heads)
@@ -295,7 +295,7 @@ class MemoryPatchImportance(ForwardPassAttribution):
         done = run(self, Needs(reads, every, attention=True, sites=sites), pixels, args)
         recording = done.recording
         assert recording is not None
-        with torch.inference_mode(False), no_autocast(pixels.device):
+        with torch.inference_mode(False), no_autocast(pixels.device), self._reading():
             classes = self.against(done, index, contrast)
             logits = self.model_logits(done)
             g = self.weights(logits, classes, self.objective)

@@ -141,7 +141,7 @@ class PatchImportance(ForwardPassAttribution):
         along = follows_rows(self.vit, done.rows) and one_way
         if len(index) <= self._AT_ONCE or not (along and isinstance(readout, ClassEmbedding)):
             return super().class_maps(done, index)
-        with torch.inference_mode(False), no_autocast(done.logits.device):
+        with torch.inference_mode(False), no_autocast(done.logits.device), self._reading():
             return self._linear_head(done, readout, index)
 
     def _linear_head(self, done: ForwardPass, readout: ClassEmbedding, index: Tensor) -> Tensor:

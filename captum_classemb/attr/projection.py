@@ -8,13 +8,15 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from captum_classemb.attr._base import PatchAttribution, choose
+from captum_classemb.attr._forward_pass import Needs, run
 from captum_classemb.attr._inputs import forward_args, images
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.functional.grid import tile
 from captum_classemb.functional.identifiability import all_ranks, identifiability
-from captum_classemb.functional.precision import no_autocast
+from captum_classemb.functional.precision import no_autocast, upcast
 from captum_classemb.readout import Readout
-from captum_classemb.vit import record
+from captum_classemb.vit.checks import reading
+from captum_classemb.vit.forward_pass import ForwardPass
 
 __all__ = ["ClassEmbeddingProjection", "Score", "token_scores"]
 
@@ -89,24 +91,38 @@ class ClassEmbeddingProjection(PatchAttribution):
             raise InputError(f"site {site!r} is none of {', '.join(map(repr, SITE_NAMES))}.")
         self.score = score
         self.site = site
-        (self.block,) = choose([block], len(self.vit.blocks), "block")
+        self._block = block
+        _ = self.block
         self.additive = score in ("logit", "log_probability")
 
-    def _tokens(self, pixels: Tensor, args: tuple[Any, ...]) -> Tensor:
-        recording = record(self.vit, pixels, [self.site], blocks=[self.block], forward_args=args)
-        tokens: Tensor = recording[self.site][self.block]
+    @property
+    def block(self) -> int:
+        """The block whose site is read."""
+        return choose([self._block], len(self.vit.blocks), "block")[0]
+
+    def _tokens(self, pixels: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, ForwardPass]:
+        rows = self.vit.readout.reads if self.vit.has_readout else slice(0, 1)
+        sites = {self.site: slice(None)}
+        done = run(self, Needs(rows, (), sites=sites, site_blocks=(self.block,)), pixels, args)
+        assert done.recording is not None
+        tokens: Tensor = done.recording[self.site][self.block]
         if tokens.shape[1] <= self.vit.prefix_tokens:
             raise UnsupportedModelError(
                 f"{self.site} of block {self.block} holds no patch tokens: these blocks of "
                 f"{type(self.vit.model).__qualname__} write to the CLS token alone."
             )
-        return tokens
+        with no_autocast(pixels.device):
+            # What is not finite makes its image's sum so.
+            total = upcast(tokens).sum((1, 2))[:, None]
+            done.checks.equal("tokens", (), total, total)
+        return tokens, done
 
     def _patch_scores(self, pixels: Tensor, target: Any, args: tuple[Any, ...]) -> Tensor:
         index = self._targets(target, pixels)
-        tokens = self._tokens(pixels, args)
-        with no_autocast(pixels.device):
+        tokens, done = self._tokens(pixels, args)
+        with no_autocast(pixels.device), reading(done.checks.model):
             scores = token_scores(self._readout(), tokens, index, self.score)
+        done.checks.finish()
         return self._to_grid(scores[:, None], pixels)
 
     def _to_pixels(self, patches: Tensor, pixels: Tensor) -> Tensor:
@@ -128,7 +144,8 @@ class ClassEmbeddingProjection(PatchAttribution):
         args = forward_args(additional_forward_args)
         pixels = images(self.vit, inputs, args)
         index = None if classes is None else self._classes(classes, pixels)
-        tokens = self._tokens(pixels, args)
+        tokens, done = self._tokens(pixels, args)
+        done.checks.finish()
         with no_autocast(pixels.device):
             scores = self._readout().project(tokens)
             if self.score == "identifiability":

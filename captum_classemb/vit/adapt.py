@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from captum_classemb.errors import UnsupportedModelError
+from captum_classemb.vit.checks import reading
 from captum_classemb.vit.parts import ViT
 
 __all__ = ["Adapter", "adapt", "register_adapter", "supported_families"]
@@ -94,7 +95,8 @@ def adapt(model: nn.Module) -> ViT:
         raise UnsupportedModelError(
             f"a model of type {type(model).__qualname__} was given: an nn.Module is needed."
         )
-    vit = _read(model)
+    with reading(type(model).__qualname__):
+        vit = _read(model)
     vit.adapter = _read
     return vit
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +12,37 @@ from torch import Tensor
 from captum_classemb.errors import ClassEmbError, NonFiniteError, UnsupportedModelError
 from captum_classemb.vit.parts import refuse_non_finite
 
-__all__ = ["TOLERANCE", "Checks"]
+__all__ = ["TOLERANCE", "Checks", "reading"]
 
 #: Rounding that a local identity may show, relative to its largest entry, by the dtype it ran in.
 #: Some models take a softmax in float32 whatever their dtype.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+@contextmanager
+def reading(model: str) -> Iterator[None]:
+    """What goes wrong within, while a model is read, is said of the model in one sentence.
+
+    Raises:
+        UnsupportedModelError: in place of any error but the library's own and lack of memory.
+    """
+    try:
+        yield
+    except (ClassEmbError, torch.OutOfMemoryError):
+        raise
+    except (
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        said = str(error).split("\n")[0]
+        raise UnsupportedModelError(
+            f"{model} is not put together as its adapter expects ({type(error).__name__}: {said}), "
+            "so it cannot be read; an adapter of its own can say how (see register_adapter)."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -68,14 +95,19 @@ class Checks:
             NonFiniteError: if an image's values are not finite.
             ClassEmbError: the error of a condition.
         """
-        for holds, error in self._conditions:
-            if not bool(holds.all()):
-                raise error()
-        if not self._identities:
+        parts = [holds.all()[None] for holds, _ in self._conditions]
+        parts += [n.reshape(-1) for i in self._identities for n in (i.difference, i.size)]
+        if not parts:
             return
+        widest = max(
+            (i.difference.dtype for i in self._identities), key=_bits, default=torch.float32
+        )
+        both = torch.cat([part.to(widest) for part in parts]).tolist()
+        for held, (_, error) in zip(both, self._conditions, strict=False):
+            if not held:
+                raise error()
+        both = both[len(self._conditions) :]
         sizes = [identity.difference.numel() for identity in self._identities]
-        numbers = [part.reshape(-1) for i in self._identities for part in (i.difference, i.size)]
-        both = torch.cat([n.to(numbers[0]) for n in numbers]).tolist()
         start = 0
         for identity, count in zip(self._identities, sizes, strict=True):
             difference, size = both[start : start + count], both[start + count : start + 2 * count]
@@ -104,3 +136,7 @@ class Checks:
                 f"for image {image}, so no exact attribution is possible (is there a hook, a "
                 "replaced forward, or a module that the adapter does not know?)."
             )
+
+
+def _bits(dtype: torch.dtype) -> int:
+    return torch.finfo(dtype).bits

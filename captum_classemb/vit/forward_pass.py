@@ -19,9 +19,9 @@ from torch.utils.hooks import RemovableHandle
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.precision import no_autocast, upcast
 from captum_classemb.hooks import after, before, hooks_removed
-from captum_classemb.readout.steps import OutputPath, Step, stacked
+from captum_classemb.readout.steps import Linear, OutputPath, Step, stacked
 from captum_classemb.vit.active_edits import refuse_edits
-from captum_classemb.vit.checks import Checks
+from captum_classemb.vit.checks import Checks, reading
 from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT
 from captum_classemb.vit.record import Recording, SiteRecorder
 
@@ -103,6 +103,7 @@ def forward_pass(
     attention: bool = False,
     keys: bool = False,
     sites: Mapping[str, slice] | None = None,
+    site_blocks: Sequence[int] | None = None,
     forward_args: tuple[Any, ...] = (),
     tolerance: float,
 ) -> ForwardPass:
@@ -116,6 +117,7 @@ def forward_pass(
         attention: keep A of the query rows.
         keys: keep keys.
         sites: kept of the same pass as :func:`~captum_classemb.vit.record` keeps them.
+        site_blocks: the blocks of which sites are kept; all by default.
         forward_args: further positional arguments of the model.
         tolerance: of the identities that are compared.
 
@@ -125,10 +127,10 @@ def forward_pass(
     chosen = list(range(len(vit.blocks))) if blocks is None else sorted(set(blocks))
     refuse_edits(of_attention=True)
     recorder = _Recorder(vit, rows, chosen, attention, keys, tolerance)
-    beside = SiteRecorder.of(vit, sites) if sites else None
+    beside = SiteRecorder.of(vit, sites, site_blocks) if sites else None
     with recorder.hooked(), beside.hooked() if beside else nullcontext(), torch.no_grad():
         logits = vit(inputs, *forward_args)
-    with no_autocast(inputs.device):
+    with no_autocast(inputs.device), reading(recorder.checks.model):
         done = recorder.finish(logits)
     done.recording = beside.finish(logits) if beside else None
     return done
@@ -219,7 +221,13 @@ class _Recorder:
         self.depth -= 1
 
     def _heard(self, hook: Callable[..., Any], *first: Any) -> Callable[..., Any]:
-        return lambda *call: hook(*first, *call) if self.depth <= 1 else None
+        def heard(*call: Any) -> Any:
+            if self.depth > 1:
+                return None
+            with reading(self.checks.model):
+                return hook(*first, *call)
+
+        return heard
 
     def _enter_block(self, index: int, args: tuple[Any, ...], kwargs: Any) -> None:
         name = type(self.vit.model).__qualname__
@@ -388,9 +396,16 @@ class _Recorder:
             )
         kept = [self._modules(index) for index in self.chosen]
         if self.scores:
-            shared = torch.stack(self.scores).mT.softmax(-1)[..., None, :]
-            for modules, weights in zip(kept, shared, strict=True):
-                modules[0].weights = weights
+            alike = len({scores.shape for scores in self.scores}) == 1
+            scores = torch.stack(self.scores) if alike else self.scores
+            shared = (
+                scores.mT.softmax(-1)[..., None, :]
+                if isinstance(scores, Tensor)
+                else [one.mT.softmax(-1)[..., None, :] for one in scores]
+            )
+            without = [m for modules in kept for m in modules if m.weights is None]
+            for module, weights in zip(without, shared, strict=True):
+                module.weights = weights
         done = ForwardPass(upcast(logits), upcast(self.ends[0]), [], self.checks, self.rows)
         if self.beside:
             self._beside(done, kept)
@@ -433,7 +448,9 @@ class _Recorder:
 
     def _stages(self, kept: list[list[_Kept]]) -> list[Stage]:
         """All blocks as one stage if they are alike, or a stage for each."""
-        if len({tuple(k.values.shape for k in modules) for modules in kept}) == 1:
+        shapes = {tuple(k.values.shape for k in modules) for modules in kept}
+        made = {self._made(index) for index in self.chosen} if self.keys else set()
+        if len(shapes) == 1 and len(made) <= 1:
             stage = self._stage(self.chosen, kept)
             if stage is not None:
                 return [stage]
@@ -443,6 +460,14 @@ class _Recorder:
             assert stage is not None
             stages.append(stage)
         return stages
+
+    def _made(self, index: int) -> tuple[Any, ...]:
+        """What blocks share if the same steps make their queries, keys, values and MLPs."""
+        block = self.vit.blocks[index]
+        paths = [p for a in block.attentions for p in (a.entry, a.query_steps, a.key_steps)]
+        paths += [a.projections or () for a in block.attentions]
+        paths += [(*m.entry, *(m.hidden or ()), m.proj, *m.outer) for m in block.mlps]
+        return tuple(tuple(_shape_of(step) for step in path) for path in paths)
 
     def _stage(self, blocks: list[int], kept: list[list[_Kept]]) -> Stage | None:
         found = []
@@ -479,6 +504,13 @@ class _Recorder:
             steps = memories.path.inputs[count:]
             real = steps[0] if steps else memories.path.output
             self.checks.equal("attention outputs", stage.blocks, rebuilt.output, real)
+
+
+def _shape_of(step: Step) -> Any:
+    if not isinstance(step, Linear):
+        return step.likeness()
+    module: Any = step.module
+    return type(step), getattr(module, "in_features", None), getattr(module, "out_features", None)
 
 
 def _output_path(steps: tuple[Step, ...], inner: int, column: Sequence[_Kept]) -> OutputPath:

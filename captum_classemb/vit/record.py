@@ -6,7 +6,7 @@ weights are computed from queries and keys for the query rows that are asked for
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -172,6 +172,7 @@ class SiteRecorder:
 
     def __init__(self, vit: ViT, wanted: dict[str, slice], keep: set[int]) -> None:
         self.vit = vit
+        self.depth = 0
         self.wanted = wanted
         last = len(vit.blocks) - 1
         self.keep = {site: {"embedding": {0}, "final": {last}}.get(site, keep) for site in wanted}
@@ -199,9 +200,26 @@ class SiteRecorder:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         with hooks_removed(self.handles):
+            self.handles += [
+                before(self.vit.model, self._enter),
+                after(self.vit.model, self._leave),
+            ]
             for index, block in enumerate(self.vit.blocks):
                 self._watch_block(index, block)
             yield
+
+    # A hook of the user's may run the model on other images: that pass is not heard.
+    def _enter(self, args: Any, kwargs: Any) -> None:
+        self.depth += 1
+
+    def _leave(self, args: Any, kwargs: Any, output: Any) -> None:
+        self.depth -= 1
+
+    def _before(self, module: nn.Module, hook: Callable[..., Any]) -> RemovableHandle:
+        return before(module, lambda *call: hook(*call) if self.depth <= 1 else None)
+
+    def _after(self, module: nn.Module, hook: Callable[..., Any]) -> RemovableHandle:
+        return after(module, lambda *call: hook(*call) if self.depth <= 1 else None)
 
     def finish(self, logits: Tensor) -> Recording:
         for site, entries in self.recording.sites.items():
@@ -251,7 +269,7 @@ class SiteRecorder:
                 self._keep(site, index, post)
             pending.clear()
 
-        self.handles.append(before(block.module, enter))
+        self.handles.append(self._before(block.module, enter))
         if wants & {"values", "keys", "attention", "attn_path", "attn_coefficients"} or (
             wants & {"attn_out", "resid_mid"}
         ):
@@ -259,7 +277,7 @@ class SiteRecorder:
                 self._watch_attention(index, block, attention, pending)
         for mlp in block.mlps:
             self._watch_mlp(index, mlp, pending)
-        self.handles.append(after(block.module, leave))
+        self.handles.append(self._after(block.module, leave))
 
     def _watch_attention(
         self, index: int, block: Block, attention: Attention, pending: dict[str, Any]
@@ -275,7 +293,7 @@ class SiteRecorder:
             self._read_memories(index, attention, call)
             self._read_branch(index, block, attention, call, pending)
 
-        self.handles.append(before(attention.module, start))
+        self.handles.append(self._before(attention.module, start))
         for module in {*attention.watch, attention.proj.module}:
 
             def inside(args: Any, kwargs: Any, output: Any, module: nn.Module = module) -> None:
@@ -283,8 +301,8 @@ class SiteRecorder:
                     calls[0].inner[module] = output
                     calls[0].entered[module] = Call(args, kwargs).input
 
-            self.handles.append(after(module, inside))
-        self.handles.append(after(attention.module, end))
+            self.handles.append(self._after(module, inside))
+        self.handles.append(self._after(attention.module, end))
 
     def _read_memories(self, index: int, attention: Attention, call: Call) -> None:
         wanted = self.wanted
@@ -339,5 +357,5 @@ class SiteRecorder:
                 self._keep("mlp_out", index, pending["mlp_out"])
 
         if self._wants("mlp_coefficients", index) or mlp.proj.columns is not None:
-            self.handles.append(before(mlp.fc2, enter))
-        self.handles.append(after(mlp.module, end))
+            self.handles.append(self._before(mlp.fc2, enter))
+        self.handles.append(self._after(mlp.module, end))

@@ -58,6 +58,7 @@ class _Module:
     values: Tensor
     query: Tensor
     scaled: Tensor
+    scale: list[float]
     entry: list[Any]
     query_steps: list[Any]
     key_steps: list[Any]
@@ -81,6 +82,7 @@ class RowStream:
         self.attention: list[list[Tensor]] = []
         self._modules: dict[int, tuple[list[_Module], int]] = {}
         self._mlps: dict[int, tuple[list[list[Any]], int]] = {}
+        scales: set[float] = set()
         for stage in done.stages:
             some = slice(stage.blocks[0], stage.blocks[-1] + 1)
             entering = done.resid_pre[some]
@@ -92,9 +94,12 @@ class RowStream:
             written, chains = zip(*(self._mlp(column, middle) for column in columns), strict=True)
             added = sum(written[1:], written[0])
             done.checks.equal("MLP outputs", stage.blocks, added, done.mlp_out[some])
+            scales.update(number for module in modules for number in module.scale)
             for i, block in enumerate(stage.blocks):
                 self._modules[block] = modules, i
                 self._mlps[block] = list(chains), i
+        # A factor that all blocks share is none of a map's business.
+        self._even = len(scales) == 1
 
     # -- forward along the rows
 
@@ -149,6 +154,7 @@ class RowStream:
             values,
             by_head,
             attention * factor,
+            scale,
             entry,
             query_steps,
             key_steps,
@@ -196,6 +202,7 @@ class RowStream:
             into, evidence = self._through_attention(module, at, z)
             into = into if through_gate is None else into + through_gate
             entering = _back(module.entry, at, into, entering)
+            evidence = evidence if self._even else evidence / module.scale[at]
             directions.append(z)
             carried.append(evidence)
         return entering, directions, carried
