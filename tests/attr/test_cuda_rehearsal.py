@@ -41,7 +41,7 @@ WITH_A_DEVICE = {"relevance of Chefer et al.", "LeGrad", "AttnLRP", "token occlu
 OTHERS = {k: v for k, v in ALL_METHODS.items() if k not in {*METHODS, *WITH_A_DEVICE}}
 
 #: Pixels are looked at before the pass, identities at its end; a target comes from the host.
-WAITS_BEFORE, WAITS_AT_THE_END = "ViT.check_inputs", "Checks.finish"
+WAITS_BEFORE, WAITS_AT_THE_END = "check_inputs", "finish"
 COPIES = "targets"
 
 
@@ -50,7 +50,7 @@ def place() -> str:
     frame: Any = sys._getframe()
     while frame is not None and "/captum_classemb/" not in frame.f_code.co_filename:
         frame = frame.f_back
-    return "elsewhere" if frame is None else frame.f_code.co_qualname
+    return "elsewhere" if frame is None else frame.f_code.co_name
 
 
 class Watched(TorchDispatchMode):
