@@ -358,14 +358,24 @@ class Activation(Step):
         self.function = function
 
     def likeness(self) -> tuple[Any, ...] | None:
-        known = isinstance(self.function, nn.Module) and not list(self.function.parameters())
-        return (Activation, repr(self.function)) if known else None
+        function = self.function
+        if not isinstance(function, nn.Module):
+            return None
+        if function._modules or function._parameters or function._buffers:
+            return None
+        options = {k: v for k, v in vars(function).items() if not k.startswith("_")}
+        options.pop("training")
+        plain = not any(isinstance(v, Tensor) for v in options.values())
+        return (Activation, type(function), options) if plain else None
 
     def stack(self, steps: Sequence[Any]) -> Activation:
         return self
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.function(x)
+        # Not called as a module: hooks are for what the model computes.
+        function = self.function.forward if isinstance(self.function, nn.Module) else self.function
+        y: Tensor = function(x)
+        return y
 
     def at(self, x: Tensor, frozen: bool = False) -> Diagonal:
         return Diagonal(self.slope(x)[..., None, :])
@@ -374,7 +384,7 @@ class Activation(Step):
         """The derivative at x, …×D."""
         kind, aten = type(self.function), torch.ops.aten
         known = kind.__module__.startswith(("torch.", "timm.", "transformers."))
-        name = kind.__name__ if known else ""
+        name = kind.__name__ if known and "forward" not in vars(self.function) else ""
         one = torch.ones((), dtype=x.dtype, device=x.device).expand_as(x)
         slope: Tensor | None = None
         if name in ("GELU", "GELUActivation"):
@@ -392,7 +402,7 @@ class Activation(Step):
             return slope
         with torch.enable_grad():
             leaf = x.detach().requires_grad_(True)
-            (slope,) = torch.autograd.grad(self.function(leaf).sum(), leaf)
+            (slope,) = torch.autograd.grad(self(leaf).sum(), leaf)
         return slope
 
 

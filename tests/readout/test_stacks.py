@@ -34,6 +34,17 @@ def numbers() -> Callable[[], Step]:
     return lambda: Scale(next(gammas))
 
 
+class Power(nn.Module):
+    """An activation whose option is not shown by its name."""
+
+    def __init__(self, exponent: int) -> None:
+        super().__init__()
+        self.exponent = exponent
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x**self.exponent
+
+
 STEPS: dict[str, Callable[[], Callable[[], Step]]] = {
     **{f"linear, {k}": lambda new=new: lambda: Linear(new()) for k, new in LINEARS.items()},
     **{f"norm, {k}": lambda new=new: lambda: Norm(new()) for k, new in NORMS.items()},
@@ -48,6 +59,7 @@ STEPS: dict[str, Callable[[], Callable[[], Step]]] = {
     "one number": lambda: lambda: Scale(0.3),
     "numbers": numbers,
     "gate": lambda: lambda: Gate(rows()),
+    "an activation of the user's": lambda: lambda: Activation(Power(3)),
     "activation": lambda: lambda: Activation(nn.GELU()),
     "gated activation": lambda: lambda: GatedActivation(nn.SiLU(), gate_last=True),
 }
@@ -132,6 +144,7 @@ UNLIKE: dict[str, tuple[Step, Step]] = {
     "groups": (Norm(nn.LayerNorm(D)), Norm(nn.LayerNorm(D), groups=2)),
     "activations": (Activation(nn.GELU()), Activation(nn.GELU(approximate="tanh"))),
     "parameters of activations": (Activation(Learnt()), Activation(Learnt())),
+    "options of activations": (Activation(Power(2)), Activation(Power(3))),
     "functions": (Activation(torch.tanh), Activation(torch.tanh)),
     "halves": (GatedActivation(nn.SiLU()), GatedActivation(nn.SiLU(), gate_last=True)),
 }

@@ -167,6 +167,23 @@ def test_activation(name: str) -> None:
         assert not step.slope(x).requires_grad
 
 
+def test_an_activation_with_a_forward_of_its_own() -> None:
+    """What the module computes counts, not what its class is known for."""
+    function = nn.ReLU()
+    function.forward = torch.sin  # type: ignore[method-assign]
+    check(Activation(function), torch.sin, rows())
+
+
+def test_hooks_of_an_activation_are_not_called() -> None:
+    """They are for what the model computes, and would hear of rows that it never made."""
+    function = nn.Mish()
+    heard: list[Tensor] = []
+    function.register_forward_hook(lambda *call: heard.append(call[-1]))
+    step, x = Activation(function), rows()
+    step(x), step.slope(x)
+    assert not heard
+
+
 @pytest.mark.parametrize("gate_last", [False, True])
 @pytest.mark.parametrize("name", ["GELU", "SiLU", "one of the user's"])
 def test_gated_activation(name: str, gate_last: bool) -> None:
