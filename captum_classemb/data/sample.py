@@ -6,12 +6,17 @@ from typing import Final, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["CONTEXT", "IGNORED", "OBJECT", "Sample"]
+from captum_classemb.data.images import Source
+
+__all__ = ["CONTEXT", "IGNORED", "OBJECT", "UNLABELLED", "Sample"]
 
 #: Values of a mask.
 CONTEXT: Final = 0
 OBJECT: Final = 1
 IGNORED: Final = 255
+
+#: The label of an image of which nobody says what it shows.
+UNLABELLED: Final = -1
 
 
 class Sample(NamedTuple):
@@ -19,10 +24,12 @@ class Sample(NamedTuple):
 
     Attributes:
         image: 3×H×W, after the dataset's transform.
-        label: class index.
+        label: class index, or `UNLABELLED`.
         mask: H×W, uint8 of `CONTEXT`, `OBJECT` and `IGNORED`; None where nobody marked the object.
         name: what to call the image in tables and files; unique within its dataset.
         condition: what was done to the image, such as ``fog/3``; empty for an image as it is.
+        sources: the bytes that image and mask were decoded from, by file; none where they come
+            from no file of their own.
     """
 
     image: Tensor
@@ -30,3 +37,4 @@ class Sample(NamedTuple):
     mask: Tensor | None
     name: str
     condition: str = ""
+    sources: tuple[tuple[str, Source], ...] = ()

@@ -7,6 +7,7 @@ import gzip
 import html
 import io
 import json
+import os
 import re
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from captum_classemb.data.marks import is_marked
 from captum_classemb.errors import OutputError
 from captum_classemb.explorer.contents import Contents, lighter
 
@@ -42,21 +44,31 @@ class ExplorerPage:
 
     document: str
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the page to a file, which opens from disk in any browser.
 
+        Args:
+            path: of the file; an older page is written over.
+            overwrite: write over any other file, too.
+
         Raises:
-            OutputError: if it cannot be written.
+            OutputError: if it cannot be written, or another file is in its place.
         """
         path = Path(path)
+        if not overwrite and path.exists() and not is_marked(path):
+            raise OutputError(f"{path} is no page of captum-classemb: choose another place.")
+        draft = path.with_name(f".classemb.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self.document, encoding="utf-8")
+            draft.write_text(self.document, encoding="utf-8")
+            os.replace(draft, path)
         except OSError as error:
             raise OutputError(
                 f"The page {path} cannot be written ({error.strerror or error}): "
                 "choose another place for it."
             ) from error
+        finally:
+            draft.unlink(missing_ok=True)
 
     def _repr_html_(self) -> str:
         # A frame of its own, so that neither the notebook's styles nor the page's leak.

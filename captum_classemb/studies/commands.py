@@ -193,10 +193,10 @@ def _subject(given: dict[str, Any]) -> Subject:
 
 
 def _dataset(given: dict[str, Any], subject: Subject) -> StudyDataset:
-    from captum_classemb.data import PairedTransform, TrainAndTest, data_config, open_dataset
+    from captum_classemb.data import Preprocess, TrainAndTest, data_config, open_dataset
 
     config = data_config(subject.model)
-    transform = PairedTransform.from_config(config, given["resize"])
+    transform = Preprocess.from_config(config, given["resize"])
     classes: Any = getattr(subject.model, "num_classes", None)
     data = open_dataset(given["data_path"], transform, given["layout"], classes)
     if "train_data" not in given:

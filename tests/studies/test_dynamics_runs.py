@@ -18,7 +18,7 @@ from released import cifar_c, imagenet_c
 from studies.small_models import Noise, all_studies, save_checkpoints, vit
 
 from captum_classemb.cli import cli
-from captum_classemb.data import PairedTransform, data_config, open_dataset
+from captum_classemb.data import Preprocess, data_config, open_dataset
 from captum_classemb.dynamics.robustness import Robustness
 from captum_classemb.models import demo_vit
 from captum_classemb.studies import Row, RunOptions, Study, Subject, read_rows, run_study, select
@@ -72,7 +72,7 @@ def test_cifar_c_is_measured_corruption_by_corruption(tmp_path: Path) -> None:
     rows = study("robustness", tmp_path / "data", tmp_path / "out", *words)
     assert (tmp_path / "out" / "robustness.png").is_file()
     model = demo_vit()
-    data = open_dataset(tmp_path / "data", PairedTransform.from_config(data_config(model)))
+    data = open_dataset(tmp_path / "data", Preprocess.from_config(data_config(model)))
     accuracies = []
     for corruption, start in (("snow", 0), ("fog", 15)):
         for severity in range(1, 6):

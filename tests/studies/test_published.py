@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from captum_classemb.data import PairedTransform, StudyDataset, open_dataset
+from captum_classemb.data import Preprocess, StudyDataset, open_dataset
 from captum_classemb.functional.value_vectors import compositional
 from captum_classemb.metrics import token_scores
 from captum_classemb.studies import RunOptions, Subject, run_study, select
@@ -45,7 +45,7 @@ def golden(assets: Path) -> Golden:
 
 @pytest.fixture(scope="module")
 def data(assets: Path) -> StudyDataset:
-    return open_dataset(assets / "mini_imagenet_s", PairedTransform(mode="squash"), None, 1000)
+    return open_dataset(assets / "mini_imagenet_s", Preprocess(mode="squash"), None, 1000)
 
 
 #: A few of the hundred rows, or all of them.
