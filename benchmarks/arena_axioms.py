@@ -9,8 +9,8 @@ from arena_methods import Method
 from captum.metrics import infidelity, sensitivity_max
 from torch import Tensor
 
+from captum_classemb.evaluation.sanity import randomisation_check
 from captum_classemb.functional.grid import patch_index, spread
-from captum_classemb.metrics.sanity import randomisation_check
 from captum_classemb.vit import ViT, adapt
 
 IMAGES = 16

@@ -27,8 +27,8 @@ from captum_classemb.attr.baselines import (
     TokenOcclusion,
 )
 from captum_classemb.attr.patch_importance import PatchImportance
+from captum_classemb.evaluation.removal_order import patch_sums
 from captum_classemb.functional.grid import patch_index
-from captum_classemb.functional.removal import patch_sums
 from captum_classemb.readout import LinearProbe, load_readout
 from captum_classemb.vit import ViT
 

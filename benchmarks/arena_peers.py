@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_classemb.functional.removal import patch_sums
+from captum_classemb.evaluation.removal_order import patch_sums
 from captum_classemb.vit import ViT
 
 Maps = Callable[[Tensor, Tensor], Tensor]

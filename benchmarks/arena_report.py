@@ -17,10 +17,10 @@ from arena_methods import Method
 from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 from torch import Tensor
 
-from captum_classemb.functional.areas import area, removal_counts
-from captum_classemb.functional.bootstrap import Interval, bootstrap_mean, paired_difference
-from captum_classemb.functional.removal import MEASURES
-from captum_classemb.vit.edit import removable_tokens
+from captum_classemb.edit.tokens import removable_tokens
+from captum_classemb.evaluation.areas import area, removal_counts
+from captum_classemb.evaluation.bootstrap import Interval, bootstrap_mean, paired_difference
+from captum_classemb.evaluation.removal_order import MEASURES
 
 OURS = "PatchImportance"
 CURVES = {

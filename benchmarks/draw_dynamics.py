@@ -15,9 +15,9 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from captum_classemb.dynamics.figures import landscapes
+from captum_classemb.dynamics.figures import profiles as draw
 from captum_classemb.dynamics.hessian import density
-from captum_classemb.plot import dynamics as draw
-from captum_classemb.plot import landscapes
 
 NAMES = {"ViT": "ViT", "ResNet": "ResNet", "AlterNet": "AlterNet", "demo": "demo ViT"}
 HIGH = "Δ log amplitude, highest frequency"

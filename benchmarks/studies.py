@@ -37,11 +37,11 @@ from timing import environment, interleaved
 from torch import Tensor, nn
 
 from captum_classemb.data import Preprocess, Sample, StudyDataset, open_dataset
-from captum_classemb.metrics import target_logits
 from captum_classemb.models import demo_vit
-from captum_classemb.studies import RunOptions, Subject, read_rows, run_study, select
-from captum_classemb.studies.batches import Batch, batch_plan, load_batches
-from captum_classemb.studies.identifiability import IdentifiabilityStudy
+from captum_classemb.runs import RunOptions, Subject, read_rows, run_study, select
+from captum_classemb.runs.batches import Batch, batch_plan, load_batches
+from captum_classemb.studies.identifiability.study import IdentifiabilityStudy
+from captum_classemb.studies.token_reader import target_logits
 from captum_classemb.vit import adapt, record
 
 SITES = ("resid_post", "attn_out", "mlp_out")

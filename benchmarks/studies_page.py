@@ -15,11 +15,11 @@ from pathlib import Path
 import click
 from page_tables import markdown, written
 
-from captum_classemb.studies import Row, read_rows, select
-from captum_classemb.studies import attention_perturbation as attention
-from captum_classemb.studies import identifiability_figures as identifiability
-from captum_classemb.studies import memories_figures as memories
-from captum_classemb.studies import token_perturbation as tokens
+from captum_classemb.runs import Row, read_rows, select
+from captum_classemb.studies.attention_perturbation import figure as attention
+from captum_classemb.studies.identifiability import figure as identifiability
+from captum_classemb.studies.memories import figure as memories
+from captum_classemb.studies.token_perturbation import figure as tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "vit_tiny"

@@ -29,8 +29,8 @@ from torch.nn import functional as F
 from torchvision.datasets import CIFAR100
 
 from captum_classemb.data.scenes import Scenes
+from captum_classemb.dynamics.alternet import AlterNet
 from captum_classemb.models import demo_vit
-from captum_classemb.models.alternet import AlterNet
 
 SIDE = 32
 BATCH = 64

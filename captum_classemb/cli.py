@@ -16,7 +16,7 @@ import click
 
 from captum_classemb import __version__
 from captum_classemb.errors import ClassEmbError
-from captum_classemb.studies.commands import study_group
+from captum_classemb.study_commands import study_group
 
 if TYPE_CHECKING:
     from captum_classemb.data.preprocess import ResizeMode

@@ -39,15 +39,20 @@ ROOMS = {
     "attr": "Attributions",
     "attr.baselines": "Attributions to compare with",
     "readout": "Readouts",
-    "vit": "Reading and editing models",
+    "vit": "Reading models",
+    "edit": "Editing a forward pass",
     "models": "Models by name",
     "data": "Data",
-    "metrics": "Metrics",
+    "evaluation": "Judging attributions",
     "plot": "Figures",
     "explain": "Explaining files",
     "explorer": "The page to explore an image",
+    "runs": "Running studies",
     "studies": "Studies",
     "dynamics": "How Vision Transformers work: measurements",
+    "dynamics.tracing": "How Vision Transformers work: tracing any model",
+    "dynamics.figures": "How Vision Transformers work: figures",
+    "dynamics.studies": "How Vision Transformers work: studies",
     "functional": "Pure mathematics",
     "errors": "Errors",
 }
@@ -60,7 +65,11 @@ def _modules(room: str) -> list[str]:
     if hasattr(module, "__all__"):
         return [name]
     found = pkgutil.iter_modules(module.__path__)
-    return [f"{name}.{entry.name}" for entry in found if not entry.name.startswith("_")]
+    return [
+        f"{name}.{entry.name}"
+        for entry in found
+        if not entry.name.startswith("_") and not entry.ispkg
+    ]
 
 
 def _write_reference() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from captum_classemb.data import Sample, StudyDataset
-from captum_classemb.studies import Row, RunOptions, select
+from captum_classemb.runs import Row, RunOptions, select
 
 QUIET = RunOptions(batch_size=4, progress=False)
 IMAGES, SIDE, DEPTH, CLASSES = 15, 32, 3, 12

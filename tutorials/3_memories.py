@@ -48,7 +48,7 @@ print(f"{file.name if hasattr(file, 'name') else file}: “{names[target]}”")
 # memories for classes.
 
 # %%
-from captum_classemb.functional.value_vectors import value_classes
+from captum_classemb.studies.memories.value_vectors import value_classes
 
 random_model = load_model(name, random_init=True, seed=1)
 
@@ -80,7 +80,7 @@ plt.show()
 # class among the five best classes of one of their five strongest memories?
 
 # %%
-from captum_classemb.functional.value_vectors import keys_agree
+from captum_classemb.studies.memories.value_vectors import keys_agree
 
 coefficients = record(vit, inputs, ["mlp_coefficients"])["mlp_coefficients"]
 shares = []

@@ -94,7 +94,7 @@ plt.show()
 # leave the sequence, so the model never sees a grey square.
 
 # %%
-from captum_classemb.metrics import removal_curves
+from captum_classemb.evaluation import removal_curves
 
 curves = {
     title: removal_curves(model, images, values, labels, steps=10) for title, values in maps.items()
@@ -119,7 +119,7 @@ plt.show()
 # With an interval over images, so that noise is not taken for a difference:
 
 # %%
-from captum_classemb.functional.bootstrap import bootstrap_mean
+from captum_classemb.evaluation.bootstrap import bootstrap_mean
 
 steps = curves["random"].removed.double()
 steps = steps / steps[-1]
@@ -136,7 +136,7 @@ for method, gap in sorted(gaps.items(), key=lambda item: -item[1].mean):
 # Average precision of the pixels' scores against the object's exact mask.
 
 # %%
-from captum_classemb.metrics import MaskLocalisation
+from captum_classemb.evaluation import MaskLocalisation
 
 precision = {}
 for title, values in maps.items():
@@ -176,7 +176,7 @@ plt.show()
 
 # %%
 from captum_classemb.functional.identifiability import identifiability
-from captum_classemb.studies.fitting import fit_linear_probe
+from captum_classemb.studies import fit_linear_probe
 from captum_classemb.vit import record
 
 source = os.environ.get("CLASSEMB_DATA", "scenes:train")

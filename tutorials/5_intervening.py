@@ -23,12 +23,12 @@ import torch
 
 from captum_classemb import MemoryPatchImportance
 from captum_classemb.data import Preprocess, data_config, open_dataset, patch_mask
+from captum_classemb.edit.ablation import ablate_heads, ablate_memories
+from captum_classemb.edit.knock_out import knock_out, no_cls, self_only
+from captum_classemb.edit.token_removal import remove_tokens
 from captum_classemb.functional.identifiability import identifiability
 from captum_classemb.models import class_names, load_model
 from captum_classemb.vit import adapt, record
-from captum_classemb.vit.ablation import ablate_heads, ablate_memories
-from captum_classemb.vit.knock_out import knock_out, no_cls, self_only
-from captum_classemb.vit.removal import remove_tokens
 
 plt.rcParams.update({"figure.dpi": 110, "font.size": 9})
 BLUE, ORANGE, GREEN, INK, GRAY = "#0072B2", "#D55E00", "#009E73", "#222222", "#8A8A8A"

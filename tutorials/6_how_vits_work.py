@@ -25,10 +25,10 @@ import torch
 
 from captum_classemb.data import Preprocess, data_config, open_dataset
 from captum_classemb.dynamics.depth import DepthMetrics
+from captum_classemb.dynamics.figures.profiles import depth_profile, fourier_lines, lesion_bars
 from captum_classemb.dynamics.fourier import FourierAmplitude
 from captum_classemb.dynamics.variance import FeatureMapVariance
 from captum_classemb.models import class_names, load_model
-from captum_classemb.plot.dynamics import depth_profile, fourier_lines, lesion_bars
 
 plt.rcParams.update({"figure.dpi": 110, "font.size": 9})
 
@@ -90,8 +90,8 @@ for kind in dict.fromkeys(kinds[1:]):
 # A plane through the weights along two directions, each filter as long as the model's own.
 
 # %%
+from captum_classemb.dynamics.figures.landscapes import landscape_contour, landscape_surface
 from captum_classemb.dynamics.landscape import LossLandscape
-from captum_classemb.plot.landscapes import landscape_contour, landscape_surface
 
 few = 24 if name == "demo_vit" else 2
 landscape = LossLandscape(model, points=9, extent=0.8)
@@ -111,8 +111,8 @@ plt.show()
 # not convex there. (This needs the extra `dynamics`.)
 
 # %%
+from captum_classemb.dynamics.figures.landscapes import eigenvalue_density
 from captum_classemb.dynamics.hessian import density, top_eigenvalues
-from captum_classemb.plot.landscapes import eigenvalue_density
 
 size = 8 if name == "demo_vit" else 1
 batches = list(zip(images.split(size), labels.split(size), strict=True))[:4]
@@ -158,7 +158,7 @@ plt.show()
 # the stages of a ResNet. Importing this package registers it with timm.
 
 # %%
-from captum_classemb.models.alternet import attention_blocks
+from captum_classemb.dynamics.alternet import attention_blocks
 
 alternet = timm.create_model("alternet_50", num_classes=10)
 million = sum(p.numel() for p in alternet.parameters()) / 1e6

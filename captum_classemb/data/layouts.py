@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 from captum_classemb.data.annotations import is_annotated_folder, read_annotated_folder
 from captum_classemb.data.cifar import Cifar100, is_cifar100
@@ -25,32 +25,11 @@ from captum_classemb.data.imagenet_s import is_imagenet_s, read_imagenet_s
 from captum_classemb.data.labels import Classes, FolderLabels, Labelling
 from captum_classemb.data.preprocess import Preprocess
 from captum_classemb.data.records import Reader, RecordDataset
-from captum_classemb.data.sample import Sample
+from captum_classemb.data.sample import StudyDataset
 from captum_classemb.data.splits import is_scenes, open_scenes
 from captum_classemb.errors import DataError
 
-__all__ = ["LAYOUTS", "Layout", "StudyDataset", "open_dataset", "recognise_layout"]
-
-
-class StudyDataset(Protocol):
-    """What a study asks of a dataset."""
-
-    layout: str
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Sample: ...
-
-    @property
-    def labels(self) -> list[int]:
-        """The label of each image, without reading it."""
-
-    @property
-    def with_masks(self) -> int:
-        """How many images have a mask or boxes."""
-
-    def fingerprint(self) -> str:
-        """A hash that another set of images or labels does not have."""
+__all__ = ["LAYOUTS", "Layout", "open_dataset", "recognise_layout"]
 
 
 class Layout(NamedTuple):

@@ -1,14 +1,14 @@
-"""The one item type of all datasets with object masks."""
+"""The one item type of all datasets with object masks, and what a study asks of a dataset."""
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from torch import Tensor
 
 from captum_classemb.data.images import Source
 
-__all__ = ["CONTEXT", "IGNORED", "OBJECT", "UNLABELLED", "Sample"]
+__all__ = ["CONTEXT", "IGNORED", "OBJECT", "UNLABELLED", "Sample", "StudyDataset"]
 
 #: Values of a mask.
 CONTEXT: Final = 0
@@ -38,3 +38,24 @@ class Sample(NamedTuple):
     name: str
     condition: str = ""
     sources: tuple[tuple[str, Source], ...] = ()
+
+
+class StudyDataset(Protocol):
+    """What a study asks of a dataset."""
+
+    layout: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+    @property
+    def labels(self) -> list[int]:
+        """The label of each image, without reading it."""
+
+    @property
+    def with_masks(self) -> int:
+        """How many images have a mask or boxes."""
+
+    def fingerprint(self) -> str:
+        """A hash that another set of images or labels does not have."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,12 +12,9 @@ from torch.utils.data import Dataset
 
 from captum_classemb.data.labels import FolderLabels, Labelling
 from captum_classemb.data.preprocess import Preprocess
-from captum_classemb.data.sample import Sample
+from captum_classemb.data.sample import Sample, StudyDataset
 from captum_classemb.data.scenes import SCENE_CLASSES, Scenes, Split
 from captum_classemb.errors import DataError
-
-if TYPE_CHECKING:
-    from captum_classemb.data.layouts import StudyDataset
 
 __all__ = ["SceneSplit", "TrainAndTest", "is_scenes", "open_scenes"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from captum_classemb.dynamics.tracing.steps import Step, find_steps, record_steps
 from captum_classemb.errors import InputError, NonFiniteError
-from captum_classemb.vit.steps import Step, find_steps, record_steps
 
 __all__ = ["MinibatchCKA", "cka", "gram", "unbiased_hsic"]
 

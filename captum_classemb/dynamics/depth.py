@@ -8,8 +8,8 @@ from typing import NamedTuple, cast
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from captum_classemb.dynamics.tracing.steps import Step, StepKind, find_steps, watch_steps
 from captum_classemb.errors import InputError
-from captum_classemb.vit.steps import Step, StepKind, find_steps, watch_steps
 
 __all__ = ["DepthMetrics", "Obedience", "obedience"]
 
@@ -90,7 +90,7 @@ def obedience(
     """Count the steps of one kind after which a value is higher, or lower, than before.
 
     Args:
-        steps: from :func:`captum_classemb.vit.steps.find_steps`.
+        steps: from :func:`captum_classemb.dynamics.tracing.steps.find_steps`.
         values: one for each step.
         kind: which steps are counted.
         rises: whether the value should rise (MLPs and convolutions) or fall (attention).

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from captum_classemb.dynamics.evaluation import check_labels, logits_of
+from captum_classemb.dynamics.inference import check_labels, logits_of
+from captum_classemb.dynamics.tracing.feature_maps import evaluating
 from captum_classemb.errors import InputError
-from captum_classemb.vit.feature_maps import evaluating
 
 __all__ = ["FrequencyNoise", "band_edges", "band_noise"]
 

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from captum_classemb.dynamics.evaluation import (
+from captum_classemb.dynamics.inference import (
     check_labels,
     finite_loss,
     logits_of,

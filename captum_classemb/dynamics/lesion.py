@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from captum_classemb.dynamics.evaluation import check_labels, logits_of
+from captum_classemb.dynamics.inference import check_labels, logits_of
+from captum_classemb.dynamics.tracing.feature_maps import evaluating
+from captum_classemb.dynamics.tracing.steps import StepKind, find_steps, record_steps
 from captum_classemb.errors import UnsupportedModelError
-from captum_classemb.vit.feature_maps import evaluating
-from captum_classemb.vit.steps import StepKind, find_steps, record_steps
 
 __all__ = ["Lesion", "LesionAccuracy", "find_lesions", "without"]
 

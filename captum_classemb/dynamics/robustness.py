@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
-from captum_classemb.dynamics.evaluation import check_labels, finite_loss, logits_of
-from captum_classemb.vit.feature_maps import evaluating
+from captum_classemb.dynamics.inference import check_labels, finite_loss, logits_of
+from captum_classemb.dynamics.tracing.feature_maps import evaluating
 
 __all__ = ["Quality", "Robustness"]
 

@@ -1,6 +1,5 @@
 """Models: by the names of timm and of the papers, and the one that comes with the package."""
 
-from captum_classemb.models import alternet  # timm knows its names once it is imported
 from captum_classemb.models.demo import (
     DEMO_CLASSES,
     build_demo_vit,
@@ -24,7 +23,6 @@ __all__ = [
     "PAPER_MODELS",
     "ClassNames",
     "ModelSource",
-    "alternet",
     "build_demo_vit",
     "class_names",
     "demo_image_paths",

@@ -1,28 +1,24 @@
-"""The studies there are: every named :class:`Study` in a file of this package."""
+"""All studies: those of this package, of both papers, and those registered from outside."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
-from typing import Any
+from types import ModuleType
 
-import captum_classemb.studies as package
-from captum_classemb.studies.study import Study
+from captum_classemb import dynamics, studies
+from captum_classemb.runs import Study, registered_studies
 
-__all__ = ["registry"]
-
-
-def _descendants(base: Any) -> Iterator[type[Study]]:
-    for child in base.__subclasses__():
-        yield child
-        yield from _descendants(child)
+__all__ = ["all_studies"]
 
 
-def registry() -> dict[str, type[Study]]:
-    """Every study of this package by the name that the command line gives it."""
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-    ours = (s for s in _descendants(Study) if s.__module__.startswith(f"{package.__name__}."))
-    found = {study.name: study for study in ours if study.name}
-    return dict(sorted(found.items()))
+def _import_modules(package: ModuleType) -> None:
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
+
+
+def all_studies() -> dict[str, type[Study]]:
+    """Every study by the name that the command line gives it."""
+    for package in (studies, dynamics):
+        _import_modules(package)
+    return registered_studies()

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from captum_classemb.attr._base import choose
 from captum_classemb.errors import InputError
-from captum_classemb.metrics.probing import (
+from captum_classemb.readout import LinearProbe, Translator, TunedLens
+from captum_classemb.readout.placed import Place
+from captum_classemb.readout.probe import features_of, probe_tokens
+from captum_classemb.readout.training import LogisticTrainer, TranslatorTrainer
+from captum_classemb.studies.linear_probing.metric import (
     MEMORY_LIMIT,
     ProbeStatistics,
     plan_probes,
     stack_heads,
 )
-from captum_classemb.readout import LinearProbe, Translator, TunedLens
-from captum_classemb.readout.placed import Place
-from captum_classemb.readout.probe import features_of, probe_tokens
-from captum_classemb.readout.training import LogisticTrainer, TranslatorTrainer
 from captum_classemb.vit import Recording, ViT, adapt, record
 
 __all__ = ["SITES", "fit_linear_probe", "fit_logistic_probe", "fit_tuned_lens"]

@@ -2,64 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from captum_classemb.data import patch_mask
 from captum_classemb.data.patches import PatchRule
-from captum_classemb.functional.residual import Variant, check_variant
-from captum_classemb.metrics import GROUPS, ClassContextDifference, TokenReader, membership
-from captum_classemb.metrics.grouped import Means
-from captum_classemb.metrics.identifiability import Identifiability
+from captum_classemb.errors import InputError
+from captum_classemb.functional.variant import Variant, check_variant
 from captum_classemb.readout import Readout
-from captum_classemb.studies.batches import Batch
-from captum_classemb.studies.study import Study
-from captum_classemb.studies.tables import Row
+from captum_classemb.runs.batches import Batch
+from captum_classemb.runs.study import Study
+from captum_classemb.runs.subject import Subject, weights_digest
+from captum_classemb.runs.tables import Row
+from captum_classemb.studies.group_means import ClassContextDifference, Means
+from captum_classemb.studies.identifiability.metric import Identifiability
+from captum_classemb.studies.token_groups import GROUPS, membership
+from captum_classemb.studies.token_reader import TokenReader
 from captum_classemb.vit import ViT, adapt
 
-__all__ = ["ModelStudy", "Subject", "weights_digest"]
+__all__ = ["ModelStudy"]
 
 #: (block, site) of each row of a metric.
 Places = Sequence[tuple[int, str]]
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of every parameter and buffer: other weights have another."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(content.numpy().tobytes())
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The model that is studied, and how.
-
-    Attributes:
-        model: a supported Vision Transformer, or an adapted one.
-        name: what tables call it.
-        variant: ``"corrected"`` or ``"paper"`` (what the published code computes).
-        readout: instead of the model's class embedding.
-        seed: of whatever is drawn.
-        random_model: makes the randomly initialised control, for studies that compare with one.
-        output: the result folder, for studies that write more than tables.
-    """
-
-    model: nn.Module
-    name: str
-    variant: Variant = "corrected"
-    readout: Readout | None = None
-    seed: int = 0
-    random_model: Callable[[], nn.Module] | None = None
-    output: Path | None = None
 
 
 class ModelStudy(Study):
@@ -70,14 +36,17 @@ class ModelStudy(Study):
 
     Raises:
         UnsupportedModelError: if the library cannot read the model.
-        InputError: for an unknown variant.
+        InputError: for an unknown variant, or a readout that is none.
     """
 
     def __init__(self, subject: Subject) -> None:
         check_variant(subject.variant)
         self.subject = subject
         self.vit: ViT = adapt(subject.model)
-        self.readout: Readout = subject.readout or self.vit.readout
+        readout = subject.readout or self.vit.readout
+        if not isinstance(readout, Readout):
+            raise InputError(f"the subject's readout is a {type(readout).__name__}, no Readout.")
+        self.readout = readout
         self.variant: Variant = subject.variant
         self._readers: dict[int, TokenReader] = {}
 

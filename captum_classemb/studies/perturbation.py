@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_classemb.metrics import Accuracy, ClassIdentifiability
-from captum_classemb.studies.model_study import ModelStudy, Subject
-from captum_classemb.studies.tables import Row, select
+from captum_classemb.edit.tokens import refuse_class_attention
+from captum_classemb.runs.subject import Subject
+from captum_classemb.runs.tables import Row, select
+from captum_classemb.studies.identifiability.metric import Accuracy, ClassIdentifiability
+from captum_classemb.studies.model_study import ModelStudy
 from captum_classemb.vit import Recording
-from captum_classemb.vit.edit import refuse_class_attention
 
 __all__ = ["UNPERTURBED", "PerturbationStudy"]
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.precision import wide
+from captum_classemb.hooks import after, before, hooks_removed, keep_output
 from captum_classemb.readout import Chain
-from captum_classemb.vit.hooks import after, before, hooks_removed, keep_output
 from captum_classemb.vit.parts import Attention, Block, Call, ViT
 from captum_classemb.vit.record import ALL
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from captum_classemb.errors import InputError, UnsupportedModelError
+from captum_classemb.hooks import after, before, hooks_removed
 from captum_classemb.readout import Chain
-from captum_classemb.vit.attention_edit import refuse_edits
-from captum_classemb.vit.hooks import after, before, hooks_removed
+from captum_classemb.vit.active_edits import refuse_edits
 from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT
 
 __all__ = ["ALL", "SITES", "Recording", "record", "record_module"]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.precision import wide
-from captum_classemb.vit.hooks import after, hooks_removed, keep_output
+from captum_classemb.hooks import after, hooks_removed, keep_output
 from captum_classemb.vit.parts import Attention, Block, Call, ViT
 from captum_classemb.vit.record import ALL, Recording, _Recorder
 

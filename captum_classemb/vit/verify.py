@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.functional.precision import exact, wide
 from captum_classemb.readout import Chain
-from captum_classemb.vit.attention_edit import refuse_edits
+from captum_classemb.vit.active_edits import refuse_edits
 from captum_classemb.vit.parts import ViT
 from captum_classemb.vit.record import ALL, Recording, record
 

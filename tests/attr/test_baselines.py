@@ -24,10 +24,10 @@ from captum_classemb.attr.baselines import (
     TokenOcclusion,
 )
 from captum_classemb.attr.baselines._base import Baseline
+from captum_classemb.edit import remove_tokens
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.readout import LinearProbe
 from captum_classemb.vit import adapt, record
-from captum_classemb.vit.edit import remove_tokens
 
 ALL = [AttentionRollout, AttnLRP, CheferRelevance, LeGrad, RawAttention, TokenOcclusion]
 

@@ -14,7 +14,7 @@ from families import torchvision_vit
 from torch import Tensor, nn
 
 from captum_classemb.attr.baselines import AttnLRP, LeGrad
-from captum_classemb.functional.removal import patch_sums
+from captum_classemb.evaluation.removal_order import patch_sums
 from captum_classemb.vit import ViT, adapt
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -8,9 +8,9 @@ import torch
 
 from captum_classemb.dynamics.depth import DepthMetrics, Obedience, obedience
 from captum_classemb.dynamics.fourier import FourierAmplitude
+from captum_classemb.dynamics.tracing.steps import Step, find_steps, record_steps
 from captum_classemb.dynamics.variance import FeatureMapVariance
 from captum_classemb.errors import InputError
-from captum_classemb.vit.steps import Step, find_steps, record_steps
 
 
 def test_one_pass_feeds_all() -> None:

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from captum_classemb.dynamics.fourier import FourierAmplitude
+from captum_classemb.dynamics.tracing.steps import find_steps, record_steps
 from captum_classemb.dynamics.variance import FeatureMapVariance
-from captum_classemb.vit.steps import find_steps, record_steps
 
 
 def photographs(folder: Path, count: int) -> torch.Tensor:

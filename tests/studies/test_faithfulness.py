@@ -15,7 +15,7 @@ from captum_classemb.attr.baselines import CheferRelevance
 from captum_classemb.cli import cli
 from captum_classemb.data import Sample
 from captum_classemb.errors import CheckpointError, InputError, OutputError
-from captum_classemb.metrics import BoxLocalisation, RemovalCurve
+from captum_classemb.evaluation import BoxLocalisation, RemovalCurve
 from captum_classemb.readout import (
     LinearProbe,
     ProbeHeads,
@@ -24,9 +24,10 @@ from captum_classemb.readout import (
     load_readout,
     save_readout,
 )
-from captum_classemb.studies import RunOptions, Subject, registry, run_study, select
-from captum_classemb.studies.faithfulness import FaithfulnessStudy
-from captum_classemb.studies.linear_probing import LinearProbingStudy
+from captum_classemb.runs import RunOptions, Subject, run_study, select
+from captum_classemb.studies import all_studies
+from captum_classemb.studies.faithfulness.study import FaithfulnessStudy
+from captum_classemb.studies.linear_probing.study import LinearProbingStudy
 from captum_classemb.vit import adapt, record
 
 IMAGES, WIDTH, DEPTH, CLASSES, TOKENS = 6, 24, 2, 4, 17
@@ -112,7 +113,7 @@ def summed_identifiability(probe: LinearProbe) -> Tensor:
 
 
 def test_the_study_is_known_and_measures_what_the_metrics_measure(tmp_path: Path) -> None:
-    assert registry()["faithfulness"] is FaithfulnessStudy
+    assert all_studies()["faithfulness"] is FaithfulnessStudy
     subject = Subject(model(), "small")
     study = FaithfulnessStudy(subject, ["chefer", "rollout"], steps=4)
     options = RunOptions(batch_size=4, progress=False)

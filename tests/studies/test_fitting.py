@@ -10,8 +10,8 @@ from torch import Tensor
 
 from captum_classemb import ClassEmbeddingGradient, ClassEmbeddingProjection
 from captum_classemb.errors import InputError, UnsupportedModelError
-from captum_classemb.metrics import token_scores
 from captum_classemb.studies import fit_linear_probe, fit_logistic_probe, fit_tuned_lens
+from captum_classemb.studies.token_reader import token_scores
 from captum_classemb.vit import ViT, adapt, record
 
 linear_model = pytest.importorskip("sklearn.linear_model")

@@ -16,17 +16,10 @@ from captum_classemb.data import Sample, TrainAndTest
 from captum_classemb.errors import DataError, InputError
 from captum_classemb.models import demo_vit
 from captum_classemb.readout import LinearProbe, load_readout
-from captum_classemb.studies import (
-    Row,
-    RunOptions,
-    Subject,
-    fit_linear_probe,
-    read_rows,
-    run_study,
-    select,
-)
-from captum_classemb.studies.commands import _dataset, study_group
-from captum_classemb.studies.linear_probing import LinearProbingStudy
+from captum_classemb.runs import Row, RunOptions, Subject, read_rows, run_study, select
+from captum_classemb.studies import fit_linear_probe
+from captum_classemb.studies.linear_probing.study import LinearProbingStudy
+from captum_classemb.study_commands import _dataset, study_group
 from captum_classemb.vit import adapt, record
 
 linear_model = pytest.importorskip("sklearn.linear_model")

@@ -16,12 +16,13 @@ from squares import CLASSES, DEPTH, IMAGES, QUIET, SIDE, Squares, one, small_vit
 from captum_classemb.data import patch_mask
 from captum_classemb.errors import InputError
 from captum_classemb.functional.identifiability import identifiability
-from captum_classemb.metrics import token_scores
-from captum_classemb.metrics.memories import random_classes
-from captum_classemb.studies import RunOptions, Subject, read_rows, registry, run_study, select
-from captum_classemb.studies.commands import study_group
-from captum_classemb.studies.identifiability import IdentifiabilityStudy
-from captum_classemb.studies.memories import MemoriesStudy
+from captum_classemb.runs import RunOptions, Subject, read_rows, run_study, select
+from captum_classemb.studies import all_studies
+from captum_classemb.studies.identifiability.study import IdentifiabilityStudy
+from captum_classemb.studies.memories.metric import random_classes
+from captum_classemb.studies.memories.study import MemoriesStudy
+from captum_classemb.studies.token_reader import token_scores
+from captum_classemb.study_commands import study_group
 from captum_classemb.vit import adapt, record
 
 
@@ -192,7 +193,7 @@ def test_saved_tokens(tmp_path: Path) -> None:
 
 
 def test_every_study_is_registered_with_its_summary() -> None:
-    found = registry()
+    found = all_studies()
     own = {"identifiability", "memories", "attention-perturbation", "token-perturbation"}
     assert own <= found.keys()
     for name, study in found.items():

@@ -10,13 +10,13 @@ from squares import CLASSES, DEPTH, IMAGES, QUIET, Squares, one, small_vit, whol
 from timm.models.cait import Cait
 from torch import Tensor
 
+from captum_classemb.edit import knock_out, remove_tokens
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.functional.identifiability import rank
-from captum_classemb.studies import Subject, run_study
-from captum_classemb.studies.attention_perturbation import AttentionPerturbationStudy
-from captum_classemb.studies.token_perturbation import TokenPerturbationStudy
+from captum_classemb.runs import Subject, run_study
+from captum_classemb.studies.attention_perturbation.study import AttentionPerturbationStudy
+from captum_classemb.studies.token_perturbation.study import TokenPerturbationStudy
 from captum_classemb.vit import ViT, adapt, record
-from captum_classemb.vit.edit import knock_out, remove_tokens
 
 #: The left half of the image, as patches.
 LEFT = torch.tensor([[True, True, False, False]] * 4).flatten()

@@ -14,16 +14,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from captum_classemb.data import Preprocess, StudyDataset, open_dataset
-from captum_classemb.functional.value_vectors import compositional
-from captum_classemb.metrics import token_scores
-from captum_classemb.studies import RunOptions, Subject, run_study, select
-from captum_classemb.studies.attention_perturbation import AttentionPerturbationStudy
-from captum_classemb.studies.batches import Batch, load_batches
-from captum_classemb.studies.identifiability import IdentifiabilityStudy
-from captum_classemb.studies.memories import MemoriesStudy
-from captum_classemb.studies.token_perturbation import TokenPerturbationStudy
+from captum_classemb.edit import remove_tokens
+from captum_classemb.runs import RunOptions, Subject, run_study, select
+from captum_classemb.runs.batches import Batch, load_batches
+from captum_classemb.studies.attention_perturbation.study import AttentionPerturbationStudy
+from captum_classemb.studies.identifiability.study import IdentifiabilityStudy
+from captum_classemb.studies.memories.study import MemoriesStudy
+from captum_classemb.studies.memories.value_vectors import compositional
+from captum_classemb.studies.token_perturbation.study import TokenPerturbationStudy
+from captum_classemb.studies.token_reader import token_scores
 from captum_classemb.vit import adapt, record
-from captum_classemb.vit.edit import remove_tokens
 
 #: Another build moves logits by up to 2e-4: within this the order is not certain.
 NOISE = 1e-3

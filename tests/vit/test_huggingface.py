@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from captum_classemb import ClassEmbeddingGradient, MemoryPatchImportance
+from captum_classemb.edit import knock_out, remove_tokens
 from captum_classemb.errors import InputError
 from captum_classemb.readout import ClassEmbedding
 from captum_classemb.vit import adapt, identities, record
-from captum_classemb.vit.edit import knock_out, remove_tokens
 
 transformers = pytest.importorskip("transformers")
 

@@ -12,8 +12,8 @@ import timm
 import torch
 from torch.nn import functional as F
 
+from captum_classemb.edit import knock_out, remove_tokens
 from captum_classemb.vit import adapt, record
-from captum_classemb.vit.edit import knock_out, remove_tokens
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "model_conformance.py"
 

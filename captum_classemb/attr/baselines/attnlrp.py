@@ -13,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from captum_classemb.attr.baselines._base import Baseline
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.precision import wide
+from captum_classemb.hooks import after, hooks_removed
 from captum_classemb.vit import ALL, ViT
 from captum_classemb.vit.backward import AttentionTape, watched
-from captum_classemb.vit.hooks import after, hooks_removed
 
 __all__ = ["AttnLRP"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_classemb.attr.baselines._base import Baseline
+from captum_classemb.edit.tokens import keep_tokens, run_blocks
 from captum_classemb.vit import record
-from captum_classemb.vit.edit import keep_tokens, run_blocks
 
 __all__ = ["TokenOcclusion"]
 

@@ -1,0 +1,1 @@
+"""Figures of the measurements: plain arrays drawn on one axis."""

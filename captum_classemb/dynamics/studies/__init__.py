@@ -1,0 +1,1 @@
+"""The measurements run over datasets, as the command line offers them."""

@@ -1,0 +1,147 @@
+"""Fourier amplitudes and variance of feature maps by depth."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+from torch import nn
+
+from captum_classemb.dynamics.depth import DepthMetrics, obedience
+from captum_classemb.dynamics.fourier import FourierAmplitude
+from captum_classemb.dynamics.studies.dynamics_study import DynamicsStudy, numbers, one_axis
+from captum_classemb.dynamics.variance import FeatureMapVariance
+from captum_classemb.runs.batches import Batch
+from captum_classemb.runs.catalogue import register_study
+from captum_classemb.runs.subject import Subject
+from captum_classemb.runs.tables import Row, select
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["FourierStudy", "VarianceStudy"]
+
+
+@register_study
+class FourierStudy(DynamicsStudy):
+    """High-frequency amplitude of feature maps by depth: does attention lower it, do MLPs raise it?
+
+    Variants: ``"paper"`` takes the diagonal of the spectrum, which stops short of the highest
+    frequency; ``"corrected"`` the mean over rings of equal radial frequency, up to π.
+    """
+
+    name = "fourier"
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject)
+        self.depth = DepthMetrics(
+            subject.model,
+            {"fourier": lambda: FourierAmplitude(self.variant, sync_on_compute=False)},
+            self.example(),
+        )
+        self.metrics = nn.ModuleDict({"depth": self.depth})
+
+    def update(self, batch: Batch) -> None:
+        self.depth.update(batch.images)
+
+    def rows(self) -> list[Row]:
+        lines = self.depth.compute("fourier")
+        rows = []
+        high = [float(line[-1]) for line in lines]
+        for step, line, metric in zip(self.depth.steps, lines, self.depth["fourier"], strict=True):
+            fourier = cast(FourierAmplitude, metric)
+            n = fourier.images
+            for frequency, value in zip(fourier.frequencies, line, strict=True):
+                name = f"delta_log_amplitude@{float(frequency):.4f}"
+                rows.append(self.row(name, value, n, step.block, step.kind))
+        for kind, rises in (("attention", False), ("mlp", True), ("convolution", True)):
+            found = obedience(self.depth.steps, high, kind, rises)  # type: ignore[arg-type]
+            if found.steps:
+                name = f"share_{'raising' if rises else 'lowering'}_high_frequencies"
+                rows.append(self.row(name, found.obeying / found.steps, found.steps, -1, kind))
+        return rows
+
+    def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
+        from matplotlib.figure import Figure
+
+        from captum_classemb.dynamics.figures.profiles import depth_profile, fourier_lines
+
+        frequencies: list[list[float]] = []
+        lines: list[list[float]] = []
+        kinds: list[str] = []
+        for row in tables["fourier"]:
+            if not row.metric.startswith("delta"):
+                continue
+            (frequency,) = numbers(row.metric)
+            if frequency == 0:
+                frequencies.append([])
+                lines.append([])
+                kinds.append(row.site)
+            frequencies[-1].append(frequency)
+            lines[-1].append(row.value)
+        figure = Figure(figsize=(10.5, 4), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=[1, 1.25])
+        fourier_lines(left, [np.array(f) for f in frequencies], [np.array(a) for a in lines])
+        high = {self.subject.name: [line[-1] for line in lines]}
+        depth_profile(right, kinds, high, "Δ log amplitude, highest frequency")
+        return {"fourier": figure}
+
+    def headline(self, tables: dict[str, list[Row]]) -> list[Row]:
+        return [row for row in tables["fourier"] if row.metric.startswith("share")]
+
+
+@register_study
+class VarianceStudy(DynamicsStudy):
+    """Variance of feature maps over space by depth, and the share of it that one channel carries.
+
+    Variants: ``"paper"`` is the mean over channels of the variance; ``"corrected"`` the share of
+    the feature map's energy that varies over space.
+    """
+
+    name = "variance"
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject)
+        self.depth = DepthMetrics(
+            subject.model,
+            {"variance": lambda: FeatureMapVariance(self.variant, sync_on_compute=False)},
+            self.example(),
+        )
+        self.metrics = nn.ModuleDict({"depth": self.depth})
+
+    def update(self, batch: Batch) -> None:
+        self.depth.update(batch.images)
+
+    def rows(self) -> list[Row]:
+        rows = []
+        values = [float(value) for value in self.depth.compute("variance")]
+        for step, value, metric in zip(
+            self.depth.steps, values, self.depth["variance"], strict=True
+        ):
+            variance = cast(FeatureMapVariance, metric)
+            n = variance.images
+            rows.append(self.row("variance", value, n, step.block, step.kind))
+            largest = variance.largest_channel()
+            rows.append(self.row("largest_channel_share", largest, n, step.block, step.kind))
+        for kind, rises in (("attention", False), ("mlp", True), ("convolution", True)):
+            found = obedience(self.depth.steps, values, kind, rises)  # type: ignore[arg-type]
+            if found.steps:
+                name = f"share_{'raising' if rises else 'lowering'}_variance"
+                rows.append(self.row(name, found.obeying / found.steps, found.steps, -1, kind))
+        return rows
+
+    def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
+        from captum_classemb.dynamics.figures.profiles import depth_profile
+
+        rows = select(tables["variance"], metric="variance")
+        figure, axis = one_axis()
+        label = "feature map variance"
+        if self.variant == "corrected":
+            label = "share of energy that varies over space"
+        values = {self.subject.name: [row.value for row in rows]}
+        log = self.variant == "paper"
+        depth_profile(axis, [row.site for row in rows], values, label, log=log)
+        return {"variance": figure}
+
+    def headline(self, tables: dict[str, list[Row]]) -> list[Row]:
+        return [row for row in tables["variance"] if row.metric.startswith("share")]

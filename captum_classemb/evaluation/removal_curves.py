@@ -1,0 +1,261 @@
+"""Removal curves: what a model still says as patches go, least or most important first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import Metric
+
+from captum_classemb.edit import remove_tokens
+from captum_classemb.edit.tokens import keep_tokens, removable_tokens, run_blocks
+from captum_classemb.errors import InputError, UnsupportedModelError
+from captum_classemb.evaluation.areas import area, removal_counts
+from captum_classemb.evaluation.removal_order import MEASURES, outcomes, patch_sums, removal_order
+from captum_classemb.functional.grid import tile
+from captum_classemb.vit import ViT, adapt, record
+
+__all__ = ["Perturbation", "RemovalCurve", "RemovalCurves", "removal_curves"]
+
+Perturbation = Literal["tokens", "mean", "blur"]
+
+
+class RemovalCurves(NamedTuple):
+    """The curves of a batch of images.
+
+    ``values[b, o, s, m]`` is the measure m (accuracy, probability, logit of the target) of image b
+    when ``removed[s]`` patches are gone, least important first (o = 0, negative) or most important
+    first (o = 1, positive).
+    """
+
+    removed: Tensor
+    values: Tensor
+
+
+def removal_curves(
+    model: nn.Module,
+    inputs: Tensor,
+    scores: Tensor,
+    target: Tensor,
+    *,
+    steps: int = 20,
+    perturbation: Perturbation = "tokens",
+) -> RemovalCurves:
+    """Remove patches in the order of a map and in its reverse.
+
+    ``"tokens"`` takes the patches out of the sequence after position embeddings are added: the
+    model never sees them, all images of a batch lose equally many, and cost falls with the tokens.
+    The embeddings are computed once. ``"mean"`` paints patches in the image's mean colour,
+    ``"blur"`` replaces them by a blurred image (a Gaussian whose σ is the patch size).
+
+    Args:
+        model: a supported Vision Transformer.
+        inputs: images, B×3×H×W.
+        scores: importance of the patches, B×h×w; or attributions of the inputs' shape, which are
+            summed over each patch.
+        target: the class measured, B.
+        steps: the number of evenly spaced points after the unperturbed one. With as many steps as
+            patches one goes at a time.
+        perturbation: ``"tokens"``, ``"mean"`` or ``"blur"``.
+
+    Returns:
+        removed (S = steps + 1) and values (B×2×S×3, float32). Where the readout reads patches, one
+        token is left at the last point.
+
+    Raises:
+        InputError: if scores or target do not fit the inputs, or an option has no such value.
+        NonFiniteError: if a score is NaN or infinite.
+        UnsupportedModelError: if tokens cannot be taken out of this model exactly.
+
+    Examples:
+        >>> from captum_classemb.models import demo_vit
+        >>> images, maps = torch.rand(2, 3, 64, 64), torch.rand(2, 8, 8)
+        >>> removal_curves(demo_vit(), images, maps, torch.tensor([3, 4]), steps=4).values.shape
+        torch.Size([2, 2, 5, 3])
+    """
+    if perturbation not in get_args(Perturbation):
+        names = ", ".join(map(repr, get_args(Perturbation)))
+        raise InputError(f"perturbation {perturbation!r} is none of {names}.")
+    vit = adapt(model)
+    vit.check_inputs(inputs)
+    image_size = (inputs.shape[2], inputs.shape[3])
+    grid = vit.grid(image_size)
+    if scores.shape == inputs.shape:
+        scores = patch_sums(scores, grid, vit.patch_size)
+    if scores.shape != (len(inputs), *grid):
+        raise InputError(
+            f"scores of shape {tuple(scores.shape)} fit neither the inputs {tuple(inputs.shape)} "
+            f"nor their {grid[0]}×{grid[1]} patches."
+        )
+    if target.shape != (len(inputs),):
+        raise InputError(f"{len(inputs)} images need {len(inputs)} targets: {tuple(target.shape)}.")
+    order = removal_order(scores.to(inputs.device))
+    target = target.to(inputs.device)
+    with torch.no_grad():
+        if perturbation == "tokens":
+            removed = removal_counts(removable_tokens(vit, image_size), steps + 1)
+            logits = _without_tokens(vit, inputs.to(vit.dtype), order, removed)
+        else:
+            removed = removal_counts(order.shape[1], steps + 1)
+            fill = _fill(inputs, perturbation, vit.patch_size)
+            logits = _without_pixels(vit, inputs, fill, order, removed, grid)
+        both = torch.cat([target, target])
+        points = [outcomes(at, both).unflatten(0, (2, len(target))) for at in logits]
+    return RemovalCurves(removed, torch.stack(points, 2).transpose(0, 1).float())
+
+
+def _kept(order: Tensor, removed: Tensor) -> Iterator[Tensor]:
+    """The patches left at each perturbed point: 2B×K, negative order first."""
+    patches = order.shape[1]
+    for count in removed[1:].tolist():
+        yield torch.cat([order[:, count:], order[:, : patches - count]])
+
+
+def _without_tokens(vit: ViT, inputs: Tensor, order: Tensor, removed: Tensor) -> Iterator[Tensor]:
+    recording = record(vit, inputs, ["resid_pre"], blocks=[0])
+    tokens: Tensor = recording["resid_pre"][0]
+    yield recording.logits.repeat(2, 1)
+    if _resumes(vit, tokens[:1], recording.logits[:1]):
+        pairs = tokens.repeat(2, 1, 1)
+        for kept in _kept(order, removed):
+            yield run_blocks(vit, keep_tokens(pairs, kept, vit.prefix_tokens))
+        return
+    # More than tokens enters the blocks (rotary positions, tables): the model itself is run.
+    pairs = inputs.repeat(2, 1, 1, 1)
+    for kept in _kept(order, removed):
+        with remove_tokens(vit, kept):
+            yield vit(pairs)
+
+
+def _resumes(vit: ViT, tokens: Tensor, logits: Tensor) -> bool:
+    """Whether the rest of the model, run from its tokens, is the model."""
+    try:
+        resumed = run_blocks(vit, tokens).to(logits)
+    except UnsupportedModelError:
+        return False
+    # Half precision rounds at other places in a batch of one; a missing part is of the size of 1.
+    allowed = 4 * torch.finfo(logits.dtype).eps ** 0.5
+    difference = (resumed - logits).norm()
+    return bool(difference <= min(allowed, 0.2) * (logits.norm() + 1))
+
+
+def _without_pixels(
+    vit: ViT,
+    inputs: Tensor,
+    fill: Tensor,
+    order: Tensor,
+    removed: Tensor,
+    grid: tuple[int, int],
+) -> Iterator[Tensor]:
+    yield vit(inputs.to(vit.dtype)).repeat(2, 1)
+    pairs, fills = inputs.repeat(2, 1, 1, 1), fill.repeat(2, 1, 1, 1)
+    for kept in _kept(order, removed):
+        visible = torch.zeros(len(kept), order.shape[1], dtype=torch.bool, device=inputs.device)
+        visible.scatter_(1, kept, True)
+        size = (inputs.shape[2], inputs.shape[3])
+        shown = tile(visible.unflatten(1, grid), size, vit.patch_size)
+        yield vit(torch.where(shown[:, None], pairs, fills).to(vit.dtype))
+
+
+def _fill(inputs: Tensor, perturbation: Perturbation, patch_size: tuple[int, int]) -> Tensor:
+    if perturbation == "mean":
+        return inputs.mean((2, 3), keepdim=True).expand_as(inputs)
+    blurred = inputs
+    for dim, sigma in ((2, patch_size[0]), (3, patch_size[1])):
+        # Reflection needs a margin below the image's own size.
+        reach = min(3 * sigma, inputs.shape[dim] - 1)
+        offsets = torch.arange(-reach, reach + 1, device=inputs.device, dtype=inputs.dtype)
+        kernel = (-0.5 * (offsets / sigma) ** 2).softmax(0)
+        shape = [1, 1, 1, 1]
+        shape[dim] = len(kernel)
+        pad = [0, 0, reach, reach] if dim == 2 else [reach, reach, 0, 0]
+        weight = kernel.view(shape).repeat(inputs.shape[1], 1, 1, 1)
+        blurred = F.conv2d(F.pad(blurred, pad, mode="reflect"), weight, groups=inputs.shape[1])
+    return blurred
+
+
+class RemovalCurve(Metric):
+    """Areas under the removal curves of a method's maps, gathered over batches.
+
+    Args:
+        model: a supported Vision Transformer.
+        steps: as for :func:`removal_curves`.
+        perturbation: as for :func:`removal_curves`.
+        kwargs: further arguments of ``torchmetrics.Metric``.
+
+    Examples:
+        >>> from captum_classemb.models import demo_vit
+        >>> metric = RemovalCurve(demo_vit(), steps=4)
+        >>> metric.update(torch.rand(2, 3, 64, 64), torch.rand(2, 8, 8), torch.tensor([3, 4]))
+        >>> 0 <= float(metric.compute()["accuracy/negative"]) <= 1
+        True
+    """
+
+    full_state_update = False
+    values: list[Tensor]
+    removed: Tensor
+    patches: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        steps: int = 20,
+        perturbation: Perturbation = "tokens",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        # In a tuple, so that moving or saving the metric leaves the user's model alone.
+        self._model = (model,)
+        self.steps = steps
+        self.perturbation: Perturbation = perturbation
+        self.add_state("values", [], dist_reduce_fx="cat")
+        self.add_state("patches", torch.tensor(0), dist_reduce_fx="max")
+        self.add_state("removed", torch.zeros(steps + 1, dtype=torch.int64), dist_reduce_fx="max")
+
+    def update(self, inputs: Tensor, maps: Tensor, target: Tensor) -> None:
+        """Add a batch: images B×3×H×W, maps B×h×w or of the inputs' shape, targets B."""
+        curves = removal_curves(
+            self._model[0],
+            inputs,
+            maps,
+            target,
+            steps=self.steps,
+            perturbation=self.perturbation,
+        )
+        removed = curves.removed.to(self.removed.device)
+        if self.values and not torch.equal(self.removed, removed):
+            raise InputError("all images of one removal curve need the same number of patches.")
+        h, w = adapt(self._model[0]).grid((inputs.shape[2], inputs.shape[3]))
+        self.patches = torch.tensor(h * w, device=self.removed.device)
+        self.removed = removed
+        self.values.append(curves.values)
+
+    def curves(self) -> RemovalCurves:
+        """The curves of all images so far."""
+        if isinstance(self.values, Tensor):
+            return RemovalCurves(self.removed, self.values)
+        return RemovalCurves(self.removed, torch.cat(self.values))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Areas in both conventions, of the curves averaged over images.
+
+        Returns:
+            for each measure m (``"accuracy"``, ``"probability"``, ``"logit"``) the trapezoid areas
+            ``"m/negative"``, ``"m/positive"`` and their difference ``"m/gap"``; for accuracy and
+            probability also ``"m/paper_negative"`` and ``"m/paper_positive"``.
+        """
+        removed, values = self.curves()
+        mean, patches = values.double().mean(0), int(self.patches)
+        result = {}
+        for index, measure in enumerate(MEASURES):
+            negative, positive = area(removed, mean[..., index], patches, "trapezoid")
+            result[f"{measure}/negative"], result[f"{measure}/positive"] = negative, positive
+            result[f"{measure}/gap"] = negative - positive
+            if measure != "logit":
+                published = area(removed, mean[..., index], patches, "paper")
+                result[f"{measure}/paper_negative"] = published[0]
+                result[f"{measure}/paper_positive"] = published[1]
+        return result

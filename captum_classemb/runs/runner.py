@@ -1,0 +1,304 @@
+"""Run a study over a dataset: streaming, resumable, on one process or many.
+
+The dataset is cut into batches whose content and order depend on the dataset and the batch size
+alone. Process r of R takes batches r, r + R, …; so every batch is computed as one process would
+compute it, and counts are the same whatever R is. A checkpoint holds the sums and the number of
+batches in them: a run that is killed and resumed repeats at most the batches since the last one.
+A study may ask for several passes, between which the processes add up what they have.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchmetrics import Metric
+from tqdm import tqdm
+
+from captum_classemb.data import StudyDataset
+from captum_classemb.errors import ClassEmbError, OutputError
+from captum_classemb.runs.batches import batch_plan, chosen_images, load_batches
+from captum_classemb.runs.processes import World, join_world
+from captum_classemb.runs.storage import Checkpoints, exclusive, write_atomically
+from captum_classemb.runs.study import Study
+from captum_classemb.runs.tables import Row, read_rows, write_rows
+
+__all__ = ["RunOptions", "StudyResult", "run_study"]
+
+_RUN = "run.json"
+_CHECKPOINTS = "checkpoints"
+_DPI = 200
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a study runs; nothing here changes what it measures.
+
+    Attributes:
+        batch_size: images a batch. Another batch size rounds otherwise in the last digits.
+        limit: take this many images, evenly spaced over the dataset; all if None.
+        workers: processes that read images.
+        checkpoint_every: images between two checkpoints, of each process.
+        resume: go on with an interrupted run in the same folder.
+        progress: show a progress bar.
+    """
+
+    batch_size: int = 32
+    limit: int | None = None
+    workers: int = 0
+    checkpoint_every: int = 1024
+    resume: bool = False
+    progress: bool = True
+
+
+@dataclass
+class StudyResult:
+    """What a study found.
+
+    Attributes:
+        tables: rows by table name.
+        output: the folder with the files.
+        images: number of images measured.
+        seconds: of this process, without what was done before a resume.
+    """
+
+    tables: dict[str, list[Row]]
+    output: Path
+    images: int
+    seconds: float = 0.0
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def versions() -> dict[str, str]:
+    """Versions of whatever the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("captum-classemb", "torch", "timm", "torchmetrics", "numpy", "pillow"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed as a package"
+    return found
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    write_atomically(path, f"{text}\n".encode())
+
+
+def _open_folder(output: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any]:
+    """Make the folder, or see that it is the one to go on with; what ``run.json`` says."""
+    path = output / _RUN
+    if path.is_file():
+        if not resume:
+            raise OutputError(
+                f"{output} holds a run already: choose another folder, or resume that run."
+            )
+        run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        before = run["settings"]
+        changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
+        if changed:
+            key = changed[0]
+            raise OutputError(
+                f"the run in {output} has {key} = {before.get(key)!r} and this one "
+                f"{settings.get(key)!r}: resume it with the same settings, or choose another "
+                "folder."
+            )
+        return run
+    if output.is_dir() and any(not p.name.startswith(".") for p in output.iterdir()):
+        raise OutputError(f"{output} holds other files: choose an empty or a new folder.")
+    run = {"complete": False, "settings": settings, "versions": versions()}
+    _write_json(path, run)
+    return run
+
+
+def _settings(
+    study: Study, data: StudyDataset, options: RunOptions, world: World
+) -> dict[str, Any]:
+    own = json.loads(json.dumps(study.settings()))
+    return {
+        "study": study.name,
+        **own,
+        "data": {
+            "layout": data.layout,
+            "fingerprint": data.fingerprint(),
+            "images": len(data),
+            "classes": len(set(data.labels)),
+            "with_masks": data.with_masks,
+        },
+        "limit": options.limit,
+        "batch_size": options.batch_size,
+        "processes": world.size,
+    }
+
+
+def _agree(world: World, error: ClassEmbError | None) -> None:
+    """Every process stops with rank 0's error."""
+    shared = world.share(error)
+    if shared is not None:
+        raise shared
+
+
+def run_study(
+    study: Study,
+    data: StudyDataset,
+    output: str | Path,
+    options: RunOptions | None = None,
+    device: torch.device | str = "cpu",
+) -> StudyResult:
+    """Run a study and write its result folder.
+
+    The folder gets one CSV file a table, one PNG file a figure and ``run.json`` with settings,
+    versions, the data's fingerprint and counts. Until the run is complete there are checkpoints
+    beside them.
+
+    Args:
+        study: with empty sums.
+        data: the dataset.
+        output: a new or empty folder, or that of an interrupted run with ``options.resume``.
+        options: how to run.
+        device: where the batches go.
+
+    Returns:
+        the result; tables are the same on every process.
+
+    Raises:
+        OutputError: when the folder is in use, holds something else, or cannot be written.
+        DataError: when an image cannot be read.
+    """
+    options = options or RunOptions()
+    output = Path(output)
+    world = join_world()
+    plan = _plan(study, data, options)
+    notices = study.notices()
+    with exclusive(output / f".lock-{world.rank}"):
+        settings = _settings(study, data, options, world)
+        run: dict[str, Any] = {}
+        problem: ClassEmbError | None = None
+        if world.leads:
+            try:
+                run = _open_folder(output, settings, options.resume)
+            except ClassEmbError as error:
+                problem = error
+        _agree(world, problem)
+        run = world.share(run)
+        if run["complete"]:
+            tables = {name: read_rows(output / f"{name}.csv") for name in run["tables"]}
+            return StudyResult(tables, output, run["images"], info=run)
+        started = time.monotonic()
+        if options.progress and world.leads:
+            for notice in notices:
+                tqdm.write(notice, file=sys.stderr)
+        checkpoints = Checkpoints(output / _CHECKPOINTS, world.rank)
+        _stream(study, data, plan, checkpoints, options, torch.device(device), world)
+        study.metrics.cpu()
+        tables = study.tables()
+        images = len({index for batches in plan for batch in batches for index in batch})
+        seconds = time.monotonic() - started
+        run |= {"complete": True, "tables": list(tables), "images": images}
+        run |= {"notices": notices, **study.notes()}
+        run |= {"seconds": round(seconds, 3), "device": str(device)}
+        if world.leads:
+            _write_results(study, tables, output, run)
+        world.wait()
+        checkpoints.remove()
+        return StudyResult(tables, output, images, seconds, run)
+
+
+def _plan(study: Study, data: StudyDataset, options: RunOptions) -> list[list[list[int]]]:
+    """The batches of each pass."""
+    images = chosen_images(len(data), options.limit)
+    return [batch_plan(part, options.batch_size) for part in study.passes(data, images)]
+
+
+def _stream(
+    study: Study,
+    data: StudyDataset,
+    plan: Sequence[Sequence[list[int]]],
+    checkpoints: Checkpoints,
+    options: RunOptions,
+    device: torch.device,
+    world: World,
+) -> None:
+    """Take this process's batches into the study's sums, pass after pass."""
+    numbers = count()
+    mine = [
+        [(next(numbers), indices) for indices in batches][world.rank :: world.size]
+        for batches in plan
+    ]
+    study.metrics.to(device)
+    for metric in study.metrics.modules():
+        if isinstance(metric, Metric):
+            metric.persistent(True)
+    first, done = _restore(study, checkpoints, options.resume, device, world)
+    every = max(1, options.checkpoint_every // options.batch_size)
+    bar = tqdm(
+        total=sum(len(indices) for batches in mine for _, indices in batches),
+        initial=sum(len(indices) for batches in mine[:first] for _, indices in batches)
+        + sum(len(indices) for _, indices in mine[first][:done]),
+        unit="image",
+        desc=study.name,
+        # None: shown on terminals alone.
+        disable=None if options.progress and world.leads else True,
+    )
+    with bar, torch.no_grad():
+        for number in range(first, len(mine)):
+            saved = done
+            for batch in load_batches(data, mine[number][done:], device, options.workers):
+                study.update(batch)
+                done += 1
+                bar.update(len(batch.indices))
+                if done - saved >= every:
+                    checkpoints.save(number, done, study.metrics.state_dict())
+                    saved = done
+            if done > saved:
+                checkpoints.save(number, done, study.metrics.state_dict())
+            if number + 1 < len(mine):
+                # All have saved the pass before any goes on, and none goes far ahead: whenever
+                # they are killed, there is a pass of which everyone has a checkpoint.
+                world.wait()
+                study.end_pass(number, world)
+                study.begin_pass(number + 1)
+                done = 0
+                checkpoints.save(number + 1, done, study.metrics.state_dict())
+                world.wait()
+
+
+def _restore(
+    study: Study, checkpoints: Checkpoints, resume: bool, device: torch.device, world: World
+) -> tuple[int, int]:
+    """Go back to where all processes were: the pass, and this one's batches done in it."""
+    number = world.least(checkpoints.newest() if resume else 0)
+    stored = checkpoints.load(number) if resume else None
+    # A pass after the first one starts with what the one before it found.
+    if not world.least(int(stored is not None or number == 0)):
+        number, stored = 0, None
+    study.begin_pass(number)
+    if stored is None:
+        return number, 0
+    study.metrics.load_state_dict(stored[1])
+    study.metrics.to(device)
+    return number, stored[0]
+
+
+def _write_results(
+    study: Study, tables: dict[str, list[Row]], output: Path, run: dict[str, Any]
+) -> None:
+    for name, rows in tables.items():
+        write_rows(output / f"{name}.csv", rows)
+    figures = study.figures(tables)
+    for name, figure in figures.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=_DPI)
+        write_atomically(output / f"{name}.png", buffer.getvalue())
+    # Last, so that a run that is called complete has all its files.
+    _write_json(output / _RUN, {**run, "figures": list(figures)})

@@ -1,0 +1,1 @@
+"""Image tokens whose attention is cut off (Vilas et al. §4.2)."""

@@ -1,0 +1,1 @@
+"""Which classes tokens stand for, block by block (Vilas et al. §4)."""

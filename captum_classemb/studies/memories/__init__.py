@@ -1,0 +1,1 @@
+"""What attention and MLP memories write, in terms of classes (Vilas et al. §5)."""

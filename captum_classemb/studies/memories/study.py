@@ -1,0 +1,181 @@
+"""Attention and MLP layers as memories of classes: agreement and compositionality."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_classemb.errors import UnsupportedModelError
+from captum_classemb.functional.variant import Variant
+from captum_classemb.readout import ClassEmbedding, Scale, Step
+from captum_classemb.runs.batches import Batch
+from captum_classemb.runs.catalogue import register_study
+from captum_classemb.runs.subject import Subject
+from captum_classemb.runs.tables import Row, select
+from captum_classemb.studies.group_means import ClassContextDifference
+from captum_classemb.studies.memories.metric import (
+    ClassValueAgreement,
+    KeyValueAgreement,
+    MemoryCompositionality,
+    random_classes,
+)
+from captum_classemb.studies.memories.value_vectors import ValueClasses, value_classes
+from captum_classemb.studies.model_study import ModelStudy
+from captum_classemb.vit import ViT, adapt, record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["MemoriesStudy"]
+
+_LAYERS = ("attn", "mlp")
+_STRONGEST = 5
+
+
+def class_directions(vit: ViT) -> Tensor:
+    """E, C×D: the classifier's weight, averaged over heads where there are several.
+
+    Raises:
+        UnsupportedModelError: if the classifier is no single matrix.
+    """
+    readout = vit.readout
+    if not isinstance(readout, ClassEmbedding):
+        raise UnsupportedModelError(
+            f"the classifier of {type(vit.model).__qualname__} is no single matrix, so it has no "
+            "class embeddings to compare value vectors with."
+        )
+    weights = [part.head.weight * part.share for part in readout.parts]
+    return torch.stack(weights).sum(0)
+
+
+def _value_vectors(vit: ViT, layer: str, block: int, variant: Variant) -> Tensor:
+    """Value vectors as rows, M×D: as they are added, with LayerScale; ``"paper"`` without."""
+    parts = vit.blocks[block].attentions if layer == "attn" else vit.blocks[block].mlps
+    vectors = []
+    for part in parts:
+        values = part.proj.weight.T
+        for step in part.outer if variant == "corrected" else ():
+            values = _scaled(values, step)
+        vectors.append(values)
+    return torch.cat(vectors)
+
+
+def _scaled(values: Tensor, step: Step) -> Tensor:
+    # A norm after the branch depends on the token, so its value vectors are taken before it.
+    return step(values) if isinstance(step, Scale) else values
+
+
+@register_study
+class MemoriesStudy(ModelStudy):
+    """Whether value vectors stand for classes and are used by tokens of these classes.
+
+    Class–value agreement of weights (Vilas et al. §5.1) beside a randomly initialised model,
+    key–value agreement rate of tokens (§5.2) beside a random class, and the compositionality of
+    memories (§5.3), for the attention and the MLP of every block.
+
+    Variants: ``"paper"`` asks whether a strong memory is among the 5 best memories of the class,
+    as the published code does, ``"corrected"`` whether the class is among the 5 best classes of
+    the memory; ``"paper"`` also reads value vectors without LayerScale and takes the top-left
+    pixel of a patch for its mask.
+
+    Args:
+        subject: the model and how it is studied.
+
+    Raises:
+        UnsupportedModelError: if the classifier is no single matrix.
+    """
+
+    name = "memories"
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject)
+        self.depth = len(self.vit.blocks)
+        self.places = [(b, f"{layer}_out") for layer in _LAYERS for b in range(self.depth)]
+        self.values = self._read_values(self.vit)
+        rows, seed = len(self.places), subject.seed
+        self.value_agreement = ClassValueAgreement(rows, self.vit.num_classes)
+        control = None
+        if subject.random_model is not None:
+            random = self._read_values(adapt(subject.random_model()))
+            control = torch.stack([v.agreement for v in random]).cpu()
+        own = torch.stack([v.agreement for v in self.values]).cpu()
+        self.value_agreement.update(own, control)
+        self.agreement = KeyValueAgreement(rows, self.variant)
+        self.control = KeyValueAgreement(rows, self.variant)
+        self.compositionality = MemoryCompositionality(rows)
+        self.difference = ClassContextDifference(rows, seed=seed)
+        self.metrics = nn.ModuleDict(
+            {
+                "value_agreement": self.value_agreement,
+                "agreement": self.agreement,
+                "control": self.control,
+                "compositionality": self.compositionality,
+                "difference": self.difference,
+            }
+        )
+
+    def _read_values(self, vit: ViT) -> list[ValueClasses]:
+        classes = class_directions(vit)
+        return [
+            value_classes(classes, _value_vectors(vit, layer, block, self.variant), _STRONGEST)
+            for layer in _LAYERS
+            for block in range(len(vit.blocks))
+        ]
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "random_model": self.subject.random_model is not None}
+
+    def update(self, batch: Batch) -> None:
+        sites = [f"{layer}_{kind}" for layer in _LAYERS for kind in ("out", "coefficients")]
+        recording = record(self.vit, batch.images, sites)
+        strongest, tops = [], []
+        for block, site in self.places:
+            held = recording[site.replace("_out", "_coefficients")][block]
+            coefficients = held[0] if len(held) == 1 else torch.cat(held, -1)
+            strongest.append(coefficients.topk(_STRONGEST, dim=-1).indices)
+            scores = self.reader(block, site).scores(recording[site][block], batch.labels)
+            tops.append(scores.top[..., 0])
+        members = self.members(batch, tops[0].shape[1])
+        classes = self.vit.num_classes
+        other = random_classes(batch.labels, batch.indices, classes, self.subject.seed)
+        self.agreement.update(strongest, self.values, batch.labels, members)
+        self.control.update(strongest, self.values, other, members)
+        self.compositionality.update(strongest, self.values, torch.stack(tops), members)
+        if batch.masks is not None:
+            self.difference.update(
+                self.agreement.agreeing(strongest, self.values, batch.labels),
+                members,
+                batch.indices,
+            )
+
+    def tables(self) -> dict[str, list[Row]]:
+        rows = []
+        found = self.value_agreement.compute()
+        for place, value, control, p in zip(
+            self.places, found.value, found.control, found.p, strict=True
+        ):
+            rows.append(self.row("class_value_agreement", value, found.n, place))
+            if not control.isnan():
+                rows.append(self.row("class_value_agreement_random_model", control, found.n, place))
+                rows.append(self.row("class_value_agreement_wilcoxon_p", p, found.n, place))
+        for metric, means in (
+            ("key_value_agreement_rate", self.agreement.compute()),
+            ("key_value_agreement_rate_random_class", self.control.compute()),
+            ("memory_compositionality", self.compositionality.compute()),
+        ):
+            rows += self.group_rows(metric, means, self.places)
+        rows += self.difference_rows("key_value_agreement_rate", self.difference, self.places)
+        return {self.name: rows}
+
+    def headline(self, tables: dict[str, list[Row]]) -> Sequence[Row]:
+        rows = select(tables[self.name], block=self.depth - 1, group="all")
+        metrics = ("class_value_agreement", "key_value_agreement_rate", "memory_compositionality")
+        return [row for row in rows if row.metric in metrics]
+
+    def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
+        from captum_classemb.studies.memories.figure import draw
+
+        return draw(tables[self.name], self.subject.name)

@@ -1,0 +1,1 @@
+"""Class tokens without the context, context tokens without the class."""

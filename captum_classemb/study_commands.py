@@ -1,0 +1,221 @@
+"""The ``study`` command: one subcommand for every study in this package.
+
+Nothing but click is imported before a subcommand is looked up, so that the command line that
+holds this group answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from captum_classemb.data import StudyDataset
+    from captum_classemb.runs.subject import Subject
+    from captum_classemb.runs.tables import Row
+    from captum_classemb.studies.model_study import ModelStudy
+
+__all__ = ["StudyGroup", "study_group"]
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _options() -> list[click.Option]:
+    from captum_classemb.data import LAYOUTS
+
+    positive = click.IntRange(min=1)
+    file, folder = click.Path(path_type=Path), click.Path(path_type=Path)
+    return [
+        click.Option(
+            ["--model"], required=True, metavar="NAME",
+            help="A Vision Transformer that timm knows, or one of the paper's short names.",
+        ),
+        click.Option(
+            ["--checkpoint"], type=file, metavar="FILE",
+            help="Weights for it: safetensors, or a PyTorch file of plain tensors.",
+        ),
+        click.Option(
+            ["--random-init"], is_flag=True, help="Leave the weights as initialised (control)."
+        ),
+        click.Option(
+            ["--data", "data_path"], required=True, type=folder, metavar="PATH",
+            help="Folder of the dataset; or the word scenes: digits drawn on demand.",
+        ),
+        click.Option(
+            ["--layout"], type=click.Choice(list(LAYOUTS)),
+            help="Layout of the folder. Default: recognised.",
+        ),
+        click.Option(
+            ["--resize"], type=click.Choice(["crop", "squash"]), default="crop", show_default=True,
+            help="crop: the model's own evaluation transform; squash: the whole image, resized.",
+        ),
+        click.Option(
+            ["--variant"], type=click.Choice(["corrected", "paper"]), default="corrected",
+            show_default=True, help="paper: what the published code computes.",
+        ),
+        click.Option(
+            ["--limit"], type=positive, metavar="N",
+            help="Take N images, evenly spaced over the dataset.",
+        ),
+        click.Option(["--batch-size"], type=positive, default=32, show_default=True),
+        click.Option(
+            ["--workers"], type=click.IntRange(min=0), default=0, show_default=True,
+            help="Processes that read images.",
+        ),
+        click.Option(
+            ["--checkpoint-every"], type=positive, default=1024, show_default=True, metavar="N",
+            help="Images between two checkpoints.",
+        ),
+        click.Option(
+            ["--device"], default="auto", show_default=True,
+            help="cpu, cuda, ...; auto: a GPU where there is one.",
+        ),
+        click.Option(["--seed"], type=click.IntRange(min=0), default=0, show_default=True),
+        click.Option(
+            ["--output"], required=True, type=folder, metavar="DIR", help="Folder for the results."
+        ),
+        click.Option(["--resume"], is_flag=True, help="Go on with an interrupted run in DIR."),
+        click.Option(["--quiet"], is_flag=True, help="No progress bar, no table."),
+    ]  # fmt: skip
+
+
+def _training_option() -> click.Option:
+    return click.Option(
+        ["--train-data"], type=click.Path(path_type=Path), metavar="PATH",
+        help="What is fitted on. Default: the dataset's own train split; without one, 5 folds.",
+    )  # fmt: skip
+
+
+class StudyGroup(click.Group):
+    """Subcommands that are looked up in the registry of studies.
+
+    Args:
+        decorate: applied to the function of every subcommand, for options that all commands of
+            the command line have.
+    """
+
+    def __init__(self, *args: Any, decorate: Decorator | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.decorate = decorate
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of all studies."""
+        from captum_classemb.studies.catalogue import all_studies
+
+        return list(all_studies())
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of one study."""
+        from captum_classemb.studies.catalogue import all_studies
+
+        study = all_studies().get(cmd_name)
+        if study is None:
+            return None
+
+        def callback(**given: Any) -> None:
+            run_command(study, given)
+
+        function = callback if self.decorate is None else self.decorate(callback)
+        extra = getattr(function, "__click_params__", [])
+        trains = [_training_option()] if study.trains else []
+        parameters = [*_options(), *trains, *study.parameters, *extra]
+        return click.Command(
+            cmd_name, callback=callback, params=parameters, help=study.summary(),
+            epilog=_example(cmd_name),
+            context_settings={"show_default": True},
+        )  # fmt: skip
+
+
+def study_group(decorate: Decorator | None = None) -> click.Group:
+    """The group ``study``, to be added to a command line."""
+    return StudyGroup(
+        "study",
+        decorate=decorate,
+        help="Measure a model over a dataset, as the paper does.",
+        epilog=_example("identifiability"),
+    )
+
+
+def _example(name: str) -> str:
+    options = "--model vit_base_patch16_224 --data FOLDER --output results"
+    return f"Example: captum-classemb study {name} {options}"
+
+
+def run_command(study: type[Any], given: dict[str, Any]) -> None:
+    """Build model, dataset and study from the options, run, and print a short table."""
+    from captum_classemb.runs.processes import join_world
+    from captum_classemb.runs.runner import RunOptions, run_study
+
+    world = join_world()
+    device = world.device(given["device"])
+    subject = _subject(given)
+    data = _dataset(given, subject)
+    subject.model.to(device)
+    names = [parameter.name for parameter in study.parameters]
+    experiment: ModelStudy = study(subject, **{name: given[name] for name in names})
+    options = RunOptions(
+        batch_size=given["batch_size"],
+        limit=given["limit"],
+        workers=given["workers"],
+        checkpoint_every=given["checkpoint_every"],
+        resume=given["resume"],
+        progress=not given["quiet"],
+    )
+    result = run_study(experiment, data, given["output"], options, device)
+    if world.leads and not given["quiet"]:
+        _print_rows(experiment.headline(result.tables))
+        click.echo(f"{result.images} images; all results are in {result.output}")
+
+
+def _subject(given: dict[str, Any]) -> Subject:
+    from torch import nn
+
+    from captum_classemb.models.load import load_model
+    from captum_classemb.runs.subject import Subject
+
+    def random_model() -> nn.Module:
+        return load_model(given["model"], random_init=True, seed=given["seed"] + 1)
+
+    model = load_model(
+        given["model"], given["checkpoint"], random_init=given["random_init"], seed=given["seed"]
+    )
+    name = f"{given['model']} (random)" if given["random_init"] else given["model"]
+    return Subject(
+        model,
+        name,
+        variant=given["variant"],
+        seed=given["seed"],
+        random_model=random_model,
+        output=given["output"],
+    )
+
+
+def _dataset(given: dict[str, Any], subject: Subject) -> StudyDataset:
+    from captum_classemb.data import Preprocess, TrainAndTest, data_config, open_dataset
+
+    config = data_config(subject.model)
+    transform = Preprocess.from_config(config, given["resize"])
+    classes: Any = getattr(subject.model, "num_classes", None)
+    data = open_dataset(given["data_path"], transform, given["layout"], classes)
+    if "train_data" not in given:
+        return data
+    if given["train_data"] is not None:
+        return TrainAndTest(data, open_dataset(given["train_data"], transform, None, classes))
+    own = getattr(data, "training", None)
+    return data if own is None else TrainAndTest(data, own())
+
+
+def _print_rows(rows: Sequence[Row]) -> None:
+    """A line for each number."""
+    lines = [("metric", "block", "site", "tokens", "value", "n")]
+    for row in rows:
+        block = "" if row.block < 0 else str(row.block + 1)
+        tokens = row.tokens if row.group == "all" else row.group
+        lines.append((row.metric, block, row.site, tokens, f"{row.value:.4f}", str(row.n)))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        click.echo("  ".join(cells).rstrip())

@@ -1,0 +1,107 @@
+"""Small models and images for the dynamics studies; as a program, all studies of one model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from captum_classemb.data import Sample
+from captum_classemb.dynamics.alternet import AlterNet
+from captum_classemb.dynamics.studies.corruption_robustness import RobustnessStudy
+from captum_classemb.dynamics.studies.curvature import (
+    HessianStudy,
+    LossLandscapeStudy,
+    TrajectoryStudy,
+)
+from captum_classemb.dynamics.studies.fourier_and_variance import FourierStudy, VarianceStudy
+from captum_classemb.dynamics.studies.response import CKAStudy, FrequencyNoiseStudy, LesionStudy
+from captum_classemb.runs import RunOptions, Study, Subject, run_study
+
+IMAGES, SIDE, CLASSES = 10, 32, 4
+OPTIONS = RunOptions(batch_size=5, progress=False)
+
+
+class Noise:
+    layout = "noise"
+    with_masks = 0
+
+    @property
+    def labels(self) -> list[int]:
+        return [i % CLASSES for i in range(IMAGES)]
+
+    def __len__(self) -> int:
+        return IMAGES
+
+    def __getitem__(self, index: int) -> Sample:
+        image = torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(index))
+        return Sample(2 * image - 1, index % CLASSES, None, str(index))
+
+    def fingerprint(self) -> str:
+        return "noise"
+
+
+def configured(model: nn.Module) -> nn.Module:
+    model.pretrained_cfg = {
+        "input_size": (3, SIDE, SIDE), "mean": (0.5,) * 3, "std": (0.5,) * 3
+    }  # fmt: skip
+    return model.eval()
+
+
+def vit() -> nn.Module:
+    return configured(
+        timm.models.VisionTransformer(
+            img_size=SIDE, patch_size=8, embed_dim=12, depth=2, num_heads=2, num_classes=CLASSES
+        )
+    )
+
+
+def cnn() -> nn.Module:
+    return configured(
+        AlterNet(
+            (1, 2, 2), widths=(4, 8, 8), heads=(1, 1, 1), block="basic", img_size=SIDE,
+            num_classes=CLASSES,
+        )
+    )  # fmt: skip
+
+
+def whole() -> tuple[torch.Tensor, torch.Tensor]:
+    data = Noise()
+    return torch.stack([data[i].image for i in range(IMAGES)]), torch.tensor(data.labels)
+
+
+def save_checkpoints(model: nn.Module, folder: Path, scales: tuple[float, ...]) -> None:
+    """Checkpoints of a training that shrinks the weights to those of the model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, scale in enumerate(scales):
+        state = {
+            k: v * scale if v.is_floating_point() else v for k, v in model.state_dict().items()
+        }
+        save_file(state, folder / f"epoch{i}.safetensors")
+
+
+def every_study(model: nn.Module, checkpoints: Path) -> Iterator[Callable[[], Study]]:
+    """What makes each of the studies, small."""
+    subject = Subject(model, "small")
+    yield lambda: FourierStudy(subject)
+    yield lambda: VarianceStudy(subject)
+    yield lambda: HessianStudy(subject, eigenvalues=2)
+    yield lambda: LossLandscapeStudy(subject, points=3)
+    yield lambda: TrajectoryStudy(subject, checkpoints, eigenvalues=1)
+    yield lambda: FrequencyNoiseStudy(subject, bands=3)
+    yield lambda: RobustnessStudy(subject)
+    yield lambda: LesionStudy(subject)
+    yield lambda: CKAStudy(subject)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    output = Path(sys.argv[1])
+    for make in every_study(vit(), output / "checkpoints"):
+        study = make()
+        run_study(study, Noise(), output / study.name, RunOptions(batch_size=4, progress=False))

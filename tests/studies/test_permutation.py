@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from captum_classemb.functional.permutation import random_signs, sign_flip_test
+from captum_classemb.studies.group_means import ClassContextDifference
+from captum_classemb.studies.token_groups import membership
+
+
+def one_token_each(differences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and members of images with one class and one context token that differ so much."""
+    values = torch.stack([differences.T, torch.zeros_like(differences.T)], -1)
+    patches = torch.tensor([[1, 0]]).expand(len(differences), -1)
+    return values, membership(len(differences), 2, 0, patches)
+
+
+def test_below_13_images_every_assignment_is_tried() -> None:
+    differences = torch.randn(7, 3, dtype=torch.float64)
+    p = sign_flip_test(differences)
+    observed = differences.sum(0).abs()
+    hits = torch.zeros(3)
+    for signs in itertools.product((1, -1), repeat=7):
+        drawn = (torch.tensor(signs)[:, None] * differences).sum(0).abs()
+        hits += drawn >= observed - 1e-12
+    torch.testing.assert_close(p, hits.double() / 2**7)
+
+
+def test_the_largest_possible_effect_has_the_smallest_possible_p() -> None:
+    assert sign_flip_test(torch.ones(12, 1)).item() == 2 / 2**12
+    strong = sign_flip_test(torch.ones(40, 1), draws=10_000).item()
+    assert strong == 1 / 10_001
+    assert sign_flip_test(torch.zeros(40, 1)).item() == 1.0
+
+
+def test_from_13_images_on_random_draws_approach_the_exact_share() -> None:
+    differences = torch.randn(13, 1, dtype=torch.float64) + 0.3
+    p = sign_flip_test(differences, draws=20_000).item()
+    all_bits = (torch.arange(2**13)[:, None] >> torch.arange(13)) & 1
+    drawn = ((1 - 2 * all_bits).double() @ differences).abs()
+    exact = (drawn >= differences.sum().abs() - 1e-12).double().mean().item()
+    assert p == pytest.approx(exact, abs=4 * (exact * (1 - exact) / 20_000) ** 0.5)
+
+
+def test_p_values_are_uniform_without_an_effect() -> None:
+    differences = torch.randn(30, 400, dtype=torch.float64)
+    p = sign_flip_test(differences, draws=2_000)
+    for level in (0.1, 0.5, 0.9):
+        share = (p <= level).double().mean().item()
+        assert share == pytest.approx(level, abs=4 * (level * (1 - level) / 400) ** 0.5)
+
+
+def test_signs_follow_the_image_and_the_seed_alone() -> None:
+    signs = random_signs([5, 9, 5], 1000, seed=1)
+    assert torch.equal(signs[0], signs[2])
+    assert set(signs.flatten().tolist()) == {-1, 1}
+    assert not torch.equal(signs[0], signs[1])
+    assert not torch.equal(signs[0], random_signs([5], 1000, seed=2)[0])
+    assert abs(random_signs(range(50), 1000).double().mean().item()) < 0.02
+
+
+@pytest.mark.parametrize("images", [1, 12, 13, 40])
+def test_streamed_is_the_test_on_all_differences(images: int) -> None:
+    differences = torch.randn(images, 2, dtype=torch.float64) + 0.2
+    indices = list(range(3, 3 + images))
+    values, members = one_token_each(differences)
+    metric = ClassContextDifference(rows=2, draws=10_000, seed=4)
+    for start in range(0, images, 7):
+        part = slice(start, start + 7)
+        metric.update(values[:, part], members[:, part], indices[part])
+    found = metric.compute()
+    torch.testing.assert_close(found.p, sign_flip_test(differences, indices, 10_000, seed=4))
+    torch.testing.assert_close(found.value, differences.mean(0))
+    assert found.n == images
+
+
+def test_the_image_is_the_unit() -> None:
+    """Means over each image's tokens first; images without one kind of token do not count."""
+    values = torch.tensor([[[3.0, 1.0, 0.0], [5.0, 5.0, 5.0]]])
+    members = membership(2, 3, 0, torch.tensor([[1, 1, 0], [1, 1, 1]]))
+    metric = ClassContextDifference(rows=1)
+    metric.update(values, members, [0, 1])
+    found = metric.compute()
+    assert (found.value.item(), found.n, found.p.item()) == (2.0, 1, 1.0)
+
+
+def test_without_images_there_is_no_number() -> None:
+    metric = ClassContextDifference(rows=1)
+    metric.update(torch.zeros(1, 1, 2), membership(1, 2, 0), [0])
+    found = metric.compute()
+    assert found.n == 0 and found.p.isnan().all() and found.value.isnan().all()
