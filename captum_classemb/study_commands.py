@@ -14,9 +14,9 @@ import click
 
 if TYPE_CHECKING:
     from captum_classemb.data import StudyDataset
+    from captum_classemb.runs.study import Study
     from captum_classemb.runs.subject import Subject
     from captum_classemb.runs.tables import Row
-    from captum_classemb.studies.model_study import ModelStudy
 
 __all__ = ["StudyGroup", "study_group"]
 
@@ -49,6 +49,11 @@ def _options() -> list[click.Option]:
             help="Layout of the folder. Default: recognised.",
         ),
         click.Option(
+            ["--labels"], metavar="FILE",
+            help="Which class each folder is: lines folder,class or a JSON object; or the word "
+            "sorted: counted in sorted order. Default: by WordNet ids, class names or numbers.",
+        ),
+        click.Option(
             ["--resize"], type=click.Choice(["crop", "squash"]), default="crop", show_default=True,
             help="crop: the model's own evaluation transform; squash: the whole image, resized.",
         ),
@@ -78,6 +83,10 @@ def _options() -> list[click.Option]:
             ["--output"], required=True, type=folder, metavar="DIR", help="Folder for the results."
         ),
         click.Option(["--resume"], is_flag=True, help="Go on with an interrupted run in DIR."),
+        click.Option(
+            ["--verify"], is_flag=True,
+            help="With --resume: read again all files that were read, to see that none changed.",
+        ),
         click.Option(["--quiet"], is_flag=True, help="No progress bar, no table."),
     ]  # fmt: skip
 
@@ -144,30 +153,45 @@ def _example(name: str) -> str:
     return f"Example: captum-classemb study {name} {options}"
 
 
-def run_command(study: type[Any], given: dict[str, Any]) -> None:
-    """Build model, dataset and study from the options, run, and print a short table."""
+def run_command(study: type[Study], given: dict[str, Any]) -> None:
+    """Build dataset, model and study from the options, run, and print a short table."""
+    from captum_classemb.models.load import resolve_device
     from captum_classemb.runs.processes import join_world
     from captum_classemb.runs.runner import RunOptions, run_study
 
     world = join_world()
     device = world.device(given["device"])
+    resolve_device(device)
+    loud = world.leads and not given["quiet"]
+    data = _dataset(given, study.labelled, say=loud)
     subject = _subject(given)
-    data = _dataset(given, subject)
     subject.model.to(device)
-    names = [parameter.name for parameter in study.parameters]
-    experiment: ModelStudy = study(subject, **{name: given[name] for name in names})
+    names = [str(parameter.name) for parameter in study.parameters]
+    make: Any = study
+    experiment: Study = make(subject, **{name: given[name] for name in names})
     options = RunOptions(
         batch_size=given["batch_size"],
         limit=given["limit"],
         workers=given["workers"],
         checkpoint_every=given["checkpoint_every"],
         resume=given["resume"],
+        verify=given["verify"],
         progress=not given["quiet"],
+        command={name: given[name] for name in names} | {"random_init": given["random_init"]},
     )
     result = run_study(experiment, data, given["output"], options, device)
-    if world.leads and not given["quiet"]:
+    if loud:
         _print_rows(experiment.headline(result.tables))
         click.echo(f"{result.images} images; all results are in {result.output}")
+    if result.refused:
+        count = len(result.refused)
+        raise ImagesRefused(f"{count} of the images could not be read: run.json names them.")
+
+
+class ImagesRefused(click.ClickException):
+    """A study that ended, but without some of its images."""
+
+    exit_code = 2
 
 
 def _subject(given: dict[str, Any]) -> Subject:
@@ -193,17 +217,33 @@ def _subject(given: dict[str, Any]) -> Subject:
     )
 
 
-def _dataset(given: dict[str, Any], subject: Subject) -> StudyDataset:
-    from captum_classemb.data import Preprocess, TrainAndTest, data_config, open_dataset
+def _dataset(given: dict[str, Any], labelled: bool, *, say: bool) -> StudyDataset:
+    """The data, before the weights are loaded: what a model reads is known without them."""
+    from captum_classemb.data import (
+        Preprocess,
+        TrainAndTest,
+        open_dataset,
+        read_labels,
+        recognise_layout,
+    )
+    from captum_classemb.models import class_names, load_model
 
-    config = data_config(subject.model)
-    transform = Preprocess.from_config(config, given["resize"])
-    classes: Any = getattr(subject.model, "num_classes", None)
-    data = open_dataset(given["data_path"], transform, given["layout"], classes)
+    layout = given["layout"] or recognise_layout(given["data_path"])
+    labels: Any = given["labels"]
+    if labels not in (None, "sorted"):
+        labels = read_labels(Path(labels))
+    model = load_model(given["model"], random_init=True, device="meta")
+    names = class_names(model)
+    transform = Preprocess.of_model(model, given["resize"])
+    data = open_dataset(given["data_path"], transform, layout, names, labels, labelled=labelled)
+    folders = getattr(data, "folders", None)
+    if say and folders is not None:
+        click.echo(folders.summary(names), err=True)
     if "train_data" not in given:
         return data
     if given["train_data"] is not None:
-        return TrainAndTest(data, open_dataset(given["train_data"], transform, None, classes))
+        train = open_dataset(given["train_data"], transform, None, names, labels)
+        return TrainAndTest(data, train)
     own = getattr(data, "training", None)
     return data if own is None else TrainAndTest(data, own())
 
@@ -212,7 +252,7 @@ def _print_rows(rows: Sequence[Row]) -> None:
     """A line for each number."""
     lines = [("metric", "block", "site", "tokens", "value", "n")]
     for row in rows:
-        block = "" if row.block < 0 else str(row.block + 1)
+        block = "" if row.block < 0 else str(row.block)
         tokens = row.tokens if row.group == "all" else row.group
         lines.append((row.metric, block, row.site, tokens, f"{row.value:.4f}", str(row.n)))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]

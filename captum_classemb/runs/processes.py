@@ -56,6 +56,14 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather(self, values: list[T]) -> list[T]:
+        """The values of all processes, on every one, in the order of their ranks."""
+        if self.size == 1:
+            return values
+        every: list[list[T]] = [[]] * self.size
+        dist.all_gather_object(every, values)
+        return [value for one in every for value in one]
+
     def add(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, the same bits on each; the tensor itself if it is alone."""
         if self.size == 1:

@@ -10,13 +10,10 @@ A study may ask for several passes, between which the processes add up what they
 from __future__ import annotations
 
 import io
-import json
-import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -26,16 +23,26 @@ from torchmetrics import Metric
 from tqdm import tqdm
 
 from captum_classemb.data import StudyDataset
-from captum_classemb.errors import ClassEmbError, OutputError
+from captum_classemb.data.marks import PNG_MARK
+from captum_classemb.errors import ClassEmbError, DataError, OutputError
 from captum_classemb.runs.batches import batch_plan, chosen_images, load_batches
+from captum_classemb.runs.merge import add_up
 from captum_classemb.runs.processes import World, join_world
+from captum_classemb.runs.settings import (
+    RUN,
+    describe_data,
+    environment,
+    open_folder,
+    plain,
+    write_json,
+)
+from captum_classemb.runs.sources import ReadFiles, write_files
 from captum_classemb.runs.storage import Checkpoints, exclusive, write_atomically
 from captum_classemb.runs.study import Study
 from captum_classemb.runs.tables import Row, read_rows, write_rows
 
 __all__ = ["RunOptions", "StudyResult", "run_study"]
 
-_RUN = "run.json"
 _CHECKPOINTS = "checkpoints"
 _DPI = 200
 
@@ -50,7 +57,10 @@ class RunOptions:
         workers: processes that read images.
         checkpoint_every: images between two checkpoints, of each process.
         resume: go on with an interrupted run in the same folder.
+        verify: when a run goes on, read all files again that it has read, not only those whose
+            size or time of change differs.
         progress: show a progress bar.
+        command: further settings that have to be the same when a run goes on.
     """
 
     batch_size: int = 32
@@ -58,7 +68,9 @@ class RunOptions:
     workers: int = 0
     checkpoint_every: int = 1024
     resume: bool = False
+    verify: bool = False
     progress: bool = True
+    command: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -69,6 +81,7 @@ class StudyResult:
         tables: rows by table name.
         output: the folder with the files.
         images: number of images measured.
+        refused: why images were left out that could not be read.
         seconds: of this process, without what was done before a resume.
     """
 
@@ -76,69 +89,24 @@ class StudyResult:
     output: Path
     images: int
     seconds: float = 0.0
+    refused: list[str] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
-
-
-def versions() -> dict[str, str]:
-    """Versions of whatever the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("captum-classemb", "torch", "timm", "torchmetrics", "numpy", "pillow"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed as a package"
-    return found
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    write_atomically(path, f"{text}\n".encode())
-
-
-def _open_folder(output: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any]:
-    """Make the folder, or see that it is the one to go on with; what ``run.json`` says."""
-    path = output / _RUN
-    if path.is_file():
-        if not resume:
-            raise OutputError(
-                f"{output} holds a run already: choose another folder, or resume that run."
-            )
-        run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        before = run["settings"]
-        changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
-        if changed:
-            key = changed[0]
-            raise OutputError(
-                f"the run in {output} has {key} = {before.get(key)!r} and this one "
-                f"{settings.get(key)!r}: resume it with the same settings, or choose another "
-                "folder."
-            )
-        return run
-    if output.is_dir() and any(not p.name.startswith(".") for p in output.iterdir()):
-        raise OutputError(f"{output} holds other files: choose an empty or a new folder.")
-    run = {"complete": False, "settings": settings, "versions": versions()}
-    _write_json(path, run)
-    return run
 
 
 def _settings(
     study: Study, data: StudyDataset, options: RunOptions, world: World
 ) -> dict[str, Any]:
-    own = json.loads(json.dumps(study.settings()))
-    return {
-        "study": study.name,
-        **own,
-        "data": {
-            "layout": data.layout,
-            "fingerprint": data.fingerprint(),
-            "images": len(data),
-            "classes": len(set(data.labels)),
-            "with_masks": data.with_masks,
-        },
-        "limit": options.limit,
-        "batch_size": options.batch_size,
-        "processes": world.size,
-    }
+    return plain(
+        {
+            "study": study.name,
+            **study.settings(),
+            "command": dict(options.command),
+            **describe_data(data),
+            "limit": options.limit,
+            "batch_size": options.batch_size,
+            "processes": world.size,
+        }
+    )
 
 
 def _agree(world: World, error: ClassEmbError | None) -> None:
@@ -173,7 +141,7 @@ def run_study(
 
     Raises:
         OutputError: when the folder is in use, holds something else, or cannot be written.
-        DataError: when an image cannot be read.
+        DataError: when no image can be read.
     """
     options = options or RunOptions()
     output = Path(output)
@@ -186,32 +154,54 @@ def run_study(
         problem: ClassEmbError | None = None
         if world.leads:
             try:
-                run = _open_folder(output, settings, options.resume)
+                run = open_folder(
+                    output, settings, environment(torch.device(device)), options.resume
+                )
             except ClassEmbError as error:
                 problem = error
         _agree(world, problem)
         run = world.share(run)
         if run["complete"]:
-            tables = {name: read_rows(output / f"{name}.csv") for name in run["tables"]}
-            return StudyResult(tables, output, run["images"], info=run)
+            tables = _read_tables(output, run)
+            refused = run.get("refused", [])
+            return StudyResult(tables, output, run["images"], refused=refused, info=run)
         started = time.monotonic()
         if options.progress and world.leads:
             for notice in notices:
                 tqdm.write(notice, file=sys.stderr)
         checkpoints = Checkpoints(output / _CHECKPOINTS, world.rank)
-        _stream(study, data, plan, checkpoints, options, torch.device(device), world)
+        files = ReadFiles(output / _CHECKPOINTS, world.rank)
+        _stream(study, data, plan, (checkpoints, files), options, torch.device(device), world)
         study.metrics.cpu()
-        tables = study.tables()
+        reads = world.gather(list(files.known.values()))
+        refused = {read.image: read.refused for read in reads if read.refused}
         images = len({index for batches in plan for batch in batches for index in batch})
+        images -= len(refused)
+        if images == 0:
+            raise DataError(f"no image could be read: {next(iter(refused.values()), 'none')}")
+        add_up(study.metrics, world)
+        tables = study.tables()
         seconds = time.monotonic() - started
         run |= {"complete": True, "tables": list(tables), "images": images}
         run |= {"notices": notices, **study.notes()}
         run |= {"seconds": round(seconds, 3), "device": str(device)}
         if world.leads:
+            run |= write_files(output, reads)
             _write_results(study, tables, output, run)
         world.wait()
+        files.remove()
         checkpoints.remove()
-        return StudyResult(tables, output, images, seconds, run)
+        return StudyResult(tables, output, images, seconds, list(refused.values()), run)
+
+
+def _read_tables(output: Path, run: Mapping[str, Any]) -> dict[str, list[Row]]:
+    try:
+        return {name: read_rows(output / f"{name}.csv") for name in run["tables"]}
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise OutputError(
+            f"{output} says that it is complete, but a table is missing or damaged: choose another "
+            "folder."
+        ) from error
 
 
 def _plan(study: Study, data: StudyDataset, options: RunOptions) -> list[list[list[int]]]:
@@ -224,12 +214,18 @@ def _stream(
     study: Study,
     data: StudyDataset,
     plan: Sequence[Sequence[list[int]]],
-    checkpoints: Checkpoints,
+    stored: tuple[Checkpoints, ReadFiles],
     options: RunOptions,
     device: torch.device,
     world: World,
 ) -> None:
     """Take this process's batches into the study's sums, pass after pass."""
+    checkpoints, files = stored
+
+    def save(number: int, done: int) -> None:
+        files.save()
+        checkpoints.save(number, done, study.metrics.state_dict())
+
     numbers = count()
     mine = [
         [(next(numbers), indices) for indices in batches][world.rank :: world.size]
@@ -240,6 +236,8 @@ def _stream(
         if isinstance(metric, Metric):
             metric.persistent(True)
     first, done = _restore(study, checkpoints, options.resume, device, world)
+    consumed = [*(batch for batches in mine[:first] for batch in batches), *mine[first][:done]]
+    files.restore((index for _, indices in consumed for index in indices), options.verify)
     every = max(1, options.checkpoint_every // options.batch_size)
     bar = tqdm(
         total=sum(len(indices) for batches in mine for _, indices in batches),
@@ -254,14 +252,19 @@ def _stream(
         for number in range(first, len(mine)):
             saved = done
             for batch in load_batches(data, mine[number][done:], device, options.workers):
-                study.update(batch)
+                files.add(batch.files)
+                for read in batch.files:
+                    if read.refused and options.progress:
+                        tqdm.write(f"Error: {read.refused}", file=sys.stderr)
+                if batch.indices:
+                    study.update(batch)
                 done += 1
                 bar.update(len(batch.indices))
                 if done - saved >= every:
-                    checkpoints.save(number, done, study.metrics.state_dict())
+                    save(number, done)
                     saved = done
             if done > saved:
-                checkpoints.save(number, done, study.metrics.state_dict())
+                save(number, done)
             if number + 1 < len(mine):
                 # All have saved the pass before any goes on, and none goes far ahead: whenever
                 # they are killed, there is a pass of which everyone has a checkpoint.
@@ -269,7 +272,7 @@ def _stream(
                 study.end_pass(number, world)
                 study.begin_pass(number + 1)
                 done = 0
-                checkpoints.save(number + 1, done, study.metrics.state_dict())
+                save(number + 1, done)
                 world.wait()
 
 
@@ -285,7 +288,17 @@ def _restore(
     study.begin_pass(number)
     if stored is None:
         return number, 0
-    study.metrics.load_state_dict(stored[1])
+    missing = study.metrics.state_dict().keys() - stored[1].keys()
+    try:
+        # torchmetrics itself takes a state that is missing for one without images.
+        if missing:
+            raise KeyError(min(missing))
+        study.metrics.load_state_dict(stored[1])
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(
+            f"a checkpoint in {checkpoints.folder} is not of this study ({error}): start the run "
+            "anew in another folder."
+        ) from error
     study.metrics.to(device)
     return number, stored[0]
 
@@ -298,7 +311,7 @@ def _write_results(
     figures = study.figures(tables)
     for name, figure in figures.items():
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=_DPI)
+        figure.savefig(buffer, format="png", dpi=_DPI, metadata=PNG_MARK)
         write_atomically(output / f"{name}.png", buffer.getvalue())
     # Last, so that a run that is called complete has all its files.
-    _write_json(output / _RUN, {**run, "figures": list(figures)})
+    write_json(output / RUN, {**run, "figures": list(figures)})

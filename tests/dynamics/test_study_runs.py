@@ -36,7 +36,7 @@ def study(name: str, data: Path, output: Path, *words: str) -> list[Row]:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    for label in ("a", "b"):
+    for label in ("0", "1"):
         (tmp_path / "pictures" / label).mkdir(parents=True)
         noise = Image.effect_noise((40, 40), 60).convert("RGB")
         noise.save(tmp_path / "pictures" / label / "1.png")

@@ -98,7 +98,6 @@ class HessianStudy(LossStudy):
         self.options: dict[str, Any] = {"count": eigenvalues, "curvature": curvature}
         self.spectrum = HessianSpectrum(
             **self.options, weight_decay=weight_decay, vectors=8, seed=subject.seed,
-            sync_on_compute=False,
         )  # fmt: skip
         self.metrics = nn.ModuleDict({"spectrum": self.spectrum})
 
@@ -163,7 +162,7 @@ class LossLandscapeStudy(LossStudy):
         super().__init__(subject, augment, weight_decay)
         self.landscape = LossLandscape(
             subject.model, points=points, weight_decay=weight_decay, variant=self.variant,
-            seed=subject.seed, sync_on_compute=False,
+            seed=subject.seed,
         )  # fmt: skip
         self.metrics = nn.ModuleDict({"landscape": self.landscape})
 
@@ -231,9 +230,7 @@ class TrajectoryStudy(LossStudy):
         self.files = checkpoint_files(checkpoints)
         self.options: dict[str, Any] = {"count": eigenvalues}
         self.spectra = [
-            HessianSpectrum(
-                eigenvalues, weight_decay=weight_decay, seed=subject.seed, sync_on_compute=False
-            )
+            HessianSpectrum(eigenvalues, weight_decay=weight_decay, seed=subject.seed)
             for _ in self.files
         ]
         self.metrics = nn.ModuleDict({"spectra": nn.ModuleList(self.spectra)})

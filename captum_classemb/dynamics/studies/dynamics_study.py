@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from captum_classemb.data import data_config
 from captum_classemb.errors import InputError
@@ -38,8 +37,7 @@ class DynamicsStudy(Study):
     """A study of any vision model with logits, CNNs and hierarchical models included.
 
     In its table ``site`` is the kind of a step (``embedding``, ``attention``, ``mlp``,
-    ``convolution``, ``pooling``, ``block``), and ``block`` counts the model's blocks. Its metrics
-    are made with ``sync_on_compute=False``: :meth:`tables` adds up what all processes hold.
+    ``convolution``, ``pooling``, ``block``), and ``block`` counts the model's blocks.
 
     Args:
         subject: the model and how it is studied.
@@ -63,13 +61,6 @@ class DynamicsStudy(Study):
         """The rows of the table, of the images that all processes saw."""
 
     def tables(self) -> dict[str, list[Row]]:
-        for metric in self.metrics.modules():
-            if isinstance(metric, Metric):
-                # compute() would add up too, but counts read beside it would be this process's.
-                with metric.sync_context():
-                    total = dict(metric.metric_state)
-                for name, value in total.items():
-                    setattr(metric, name, value)
         return {self.name: self.rows()}
 
     def example(self) -> Tensor:

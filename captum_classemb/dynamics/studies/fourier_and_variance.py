@@ -31,12 +31,13 @@ class FourierStudy(DynamicsStudy):
     """
 
     name = "fourier"
+    labelled = False
 
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
         self.depth = DepthMetrics(
             subject.model,
-            {"fourier": lambda: FourierAmplitude(self.variant, sync_on_compute=False)},
+            {"fourier": lambda: FourierAmplitude(self.variant)},
             self.example(),
         )
         self.metrics = nn.ModuleDict({"depth": self.depth})
@@ -99,12 +100,13 @@ class VarianceStudy(DynamicsStudy):
     """
 
     name = "variance"
+    labelled = False
 
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
         self.depth = DepthMetrics(
             subject.model,
-            {"variance": lambda: FeatureMapVariance(self.variant, sync_on_compute=False)},
+            {"variance": lambda: FeatureMapVariance(self.variant)},
             self.example(),
         )
         self.metrics = nn.ModuleDict({"depth": self.depth})

@@ -209,15 +209,12 @@ class FaithfulnessStudy(ModelStudy):
         for method in self.methods:
             metric: Any = self.metrics[f"curve {method}"]
             areas = metric.compute()
-            # Within the context the images of all processes are there.
-            with metric.sync_context():
-                removed, values = metric.curves()
+            removed, values = metric.curves()
             summary += list(self._area_rows(method, areas, removed, values))
             curves += list(self._curve_rows(method, removed, values))
             place: Any = self.metrics[f"place {method}"]
-            if place.update_count:
-                with place.sync_context():
-                    counts = {k: int((~v.isnan()).sum()) for k, v in place.images().items()}
+            if len(place.rows):
+                counts = {k: int((~v.isnan()).sum()) for k, v in place.images().items()}
                 for name, value in place.compute().items():
                     n = counts[name]
                     summary.append(self.row(f"{method}/{name}", value, n, _NOWHERE))
