@@ -156,13 +156,13 @@ def _example(name: str) -> str:
 def run_command(study: type[Study], given: dict[str, Any]) -> None:
     """Build dataset, model and study from the options, run, and print a short table."""
     from captum_classemb.models.load import resolve_device
-    from captum_classemb.runs.processes import join_world
+    from captum_classemb.runs.processes import init_process_group, is_main_process, local_device
     from captum_classemb.runs.runner import RunOptions, run_study
 
-    world = join_world()
-    device = world.device(given["device"])
+    init_process_group()
+    device = local_device(given["device"])
     resolve_device(device)
-    loud = world.leads and not given["quiet"]
+    loud = is_main_process() and not given["quiet"]
     data = _dataset(given, study.labelled, say=loud)
     subject = _subject(given)
     subject.model.to(device)

@@ -9,17 +9,17 @@ Either comes with the frequencies it was really taken at, in radians per grid ce
 from __future__ import annotations
 
 from math import pi
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from captum_classemb.errors import InputError, NonFiniteError
+from captum_classemb.functional.variant import Variant
 
 __all__ = [
     "FourierAmplitude",
-    "Variant",
     "check_finite",
     "check_maps",
     "diagonal",
@@ -28,8 +28,6 @@ __all__ = [
     "radial_mean",
     "relative",
 ]
-
-Variant = Literal["paper", "corrected"]
 
 # Amplitudes are bounded away from zero before the logarithm, as published.
 _FLOOR = 1e-6

@@ -18,10 +18,10 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
-from captum_classemb.dynamics.fourier import Variant
 from captum_classemb.dynamics.inference import check_labels
 from captum_classemb.dynamics.tracing.feature_maps import evaluating
 from captum_classemb.errors import InputError, NonFiniteError
+from captum_classemb.functional.variant import Variant
 
 __all__ = ["LossLandscape", "directions", "grid_points", "penalty"]
 

@@ -19,6 +19,7 @@ from captum_classemb.dynamics.inference import check_labels, logits_of
 from captum_classemb.dynamics.tracing.feature_maps import evaluating
 from captum_classemb.dynamics.tracing.steps import StepKind, find_steps, record_steps
 from captum_classemb.errors import UnsupportedModelError
+from captum_classemb.hooks import after, hooks_removed
 
 __all__ = ["Lesion", "LesionAccuracy", "find_lesions", "without"]
 
@@ -91,22 +92,16 @@ def _silent(value: Any) -> Any:
 def without(model: nn.Module, lesion: Lesion) -> Iterator[None]:
     """Run the model as if the lesion's module did nothing."""
 
-    def silence(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def silence(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         return _silent(output)
 
-    def skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def skip(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         given = next(x for x in [*args, *kwargs.values()] if isinstance(x, Tensor))
         return (given, *output[1:]) if isinstance(output, tuple) else given
 
     module = model.get_submodule(lesion.module)
-    if lesion.how == "zero":
-        handle = module.register_forward_hook(silence)
-    else:
-        handle = module.register_forward_hook(skip, with_kwargs=True)
-    try:
+    with hooks_removed([after(module, silence if lesion.how == "zero" else skip)]):
         yield
-    finally:
-        handle.remove()
 
 
 class LesionAccuracy(Metric):

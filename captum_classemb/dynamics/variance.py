@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from captum_classemb.dynamics.fourier import Variant, check_finite, check_maps
+from captum_classemb.dynamics.fourier import check_finite, check_maps
 from captum_classemb.errors import InputError
+from captum_classemb.functional.variant import Variant
 
 __all__ = ["FeatureMapVariance", "channel_variance", "largest_channel_share", "varying_energy"]
 

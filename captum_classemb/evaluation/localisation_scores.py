@@ -5,7 +5,6 @@ Every function takes maps …×H×W and boolean masks …×H×W and returns one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,6 @@ from captum_classemb.errors import InputError, NonFiniteError
 __all__ = [
     "SegmentationCounts",
     "average_precision",
-    "box_mask",
     "energy_inside",
     "mask_share",
     "mean_iou",
@@ -24,35 +22,6 @@ __all__ = [
     "pointing_game",
     "segmentation_counts",
 ]
-
-
-def box_mask(boxes: Sequence[Sequence[float]], image_size: tuple[int, int]) -> Tensor:
-    """The union of boxes as a mask: a pixel belongs to a box that holds its centre.
-
-    Args:
-        boxes: any number of [x0, y0, x1, y1] in pixels.
-        image_size: H, W.
-
-    Returns:
-        bool, H×W.
-
-    Raises:
-        InputError: if a box is not four numbers.
-
-    Examples:
-        >>> box_mask([[0, 0, 1, 2]], (2, 2))
-        tensor([[ True, False],
-                [ True, False]])
-    """
-    mask = torch.zeros(image_size, dtype=torch.bool)
-    y = torch.arange(image_size[0])[:, None] + 0.5
-    x = torch.arange(image_size[1])[None] + 0.5
-    for box in boxes:
-        if len(box) != 4:
-            raise InputError(f"box {box!r} is not [x0, y0, x1, y1].")
-        x0, y0, x1, y1 = box
-        mask |= (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
-    return mask
 
 
 def _checked(maps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +52,8 @@ def energy_inside(maps: Tensor, mask: Tensor) -> Tensor:
         NonFiniteError: if a map holds NaN or infinity.
 
     Examples:
-        >>> energy_inside(torch.tensor([[3.0, 1.0], [-5.0, 0.0]]), box_mask([[0, 0, 1, 2]], (2, 2)))
+        >>> left = torch.tensor([[True, False], [True, False]])
+        >>> energy_inside(torch.tensor([[3.0, 1.0], [-5.0, 0.0]]), left)
         tensor(0.7500, dtype=torch.float64)
     """
     maps, mask = _checked(maps, mask)
@@ -157,7 +127,8 @@ def average_precision(maps: Tensor, mask: Tensor) -> Tensor:
         NonFiniteError: if a map holds NaN or infinity.
 
     Examples:
-        >>> average_precision(torch.zeros(2, 2), box_mask([[0, 0, 1, 2]], (2, 2)))
+        >>> left = torch.tensor([[True, False], [True, False]])
+        >>> average_precision(torch.zeros(2, 2), left)
         tensor(0.5000, dtype=torch.float64)
     """
     maps, mask = _checked(maps, mask)

@@ -1,4 +1,8 @@
-"""Test of a mean difference by flipping the signs of the differences; the image is the unit."""
+"""Signs for the permutation test of a mean difference whose unit is the image.
+
+Below :data:`EXACT_BELOW` images p is the share of all 2^B sign assignments whose sum is at least as
+far from 0 as the observed one; else p = (1 + hits)/(1 + draws) over random ones.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["EXACT_BELOW", "all_signs", "count_hits", "random_signs", "sign_flip_test"]
+__all__ = ["EXACT_BELOW", "all_signs", "count_hits", "random_signs"]
 
 #: With fewer images than this every assignment of signs is tried.
 EXACT_BELOW = 13
@@ -49,35 +53,3 @@ def count_hits(drawn: Tensor, observed: Tensor, scale: Tensor) -> Tensor:
         int64, R.
     """
     return (drawn.abs() >= (observed.abs() - _TIE * scale)[:, None]).sum(-1)
-
-
-def sign_flip_test(
-    differences: Tensor, indices: Sequence[int] | None = None, draws: int = 10_000, seed: int = 0
-) -> Tensor:
-    """Two-sided p-values of mean differences that would be symmetric about 0 by chance.
-
-    Below :data:`EXACT_BELOW` images p is the share of all 2^B sign assignments whose sum is at
-    least as far from 0 as the observed one; else p = (1 + hits)/(1 + draws) over random ones.
-
-    Args:
-        differences: one difference an image and quantity, B×R.
-        indices: of the images, which choose their signs; 0…B−1 by default.
-        draws: random assignments.
-        seed: of these.
-
-    Returns:
-        float64, R; NaN without images.
-
-    Examples:
-        >>> sign_flip_test(torch.ones(3, 1))
-        tensor([0.2500], dtype=torch.float64)
-    """
-    differences = differences.double()
-    count = differences.shape[0]
-    if count == 0:
-        return differences.new_full(differences.shape[1:], torch.nan)
-    exact = count < EXACT_BELOW
-    signs = all_signs(count) if exact else random_signs(indices or range(count), draws, seed)
-    drawn = differences.T @ signs.to(differences)
-    hits = count_hits(drawn, differences.sum(0), differences.abs().sum(0)).double()
-    return hits / drawn.shape[1] if exact else (1 + hits) / (1 + draws)

@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from captum_classemb.runs.processes import World
+from captum_classemb.runs.processes import all_gather, get_world_size
 
 __all__ = ["add_up"]
 
 
-def add_up(metrics: nn.Module, world: World) -> None:
+def add_up(metrics: nn.Module) -> None:
     """Give every process the sums of all, in the order of their ranks.
 
     Whatever `compute` says afterwards is of all images, and asks no other process. A process that
@@ -23,7 +22,6 @@ def add_up(metrics: nn.Module, world: World) -> None:
 
     Args:
         metrics: a module of torchmetrics' metrics, on the CPU.
-        world: the processes.
     """
     for metric in metrics.modules():
         if not isinstance(metric, Metric):
@@ -33,11 +31,9 @@ def add_up(metrics: nn.Module, world: World) -> None:
         reductions: dict[str, Any] = {
             name: by for name, by in metric._reductions.items() if by is not None
         }
-        if world.size == 1 or not reductions:
+        if get_world_size() == 1 or not reductions:
             continue
-        own = {name: getattr(metric, name) for name in reductions}
-        every: list[Any] = [None] * world.size
-        dist.all_gather_object(every, own)
+        every = all_gather([{name: getattr(metric, name) for name in reductions}])
         for name, reduction in reductions.items():
             states = [states[name] for states in every]
             default = metric._defaults[name]

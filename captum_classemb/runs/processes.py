@@ -1,10 +1,10 @@
-"""The processes that torchrun started, or the only one."""
+"""The processes of a run, in the words of ``torch.distributed``: those of torchrun, or this one."""
 
 from __future__ import annotations
 
 import atexit
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
@@ -12,96 +12,103 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["World", "join_world"]
+from captum_classemb.errors import ClassEmbError
+
+__all__ = [
+    "all_gather",
+    "all_reduce",
+    "barrier",
+    "get_rank",
+    "get_world_size",
+    "init_process_group",
+    "is_main_process",
+    "local_device",
+    "on_main_process",
+]
 
 T = TypeVar("T")
 
 #: The slowest process may come this much later than the fastest.
-_PATIENCE = timedelta(days=2)
+_TIMEOUT = timedelta(days=2)
 
 
-@dataclass(frozen=True)
-class World:
-    """Which of how many processes this is.
-
-    Attributes:
-        rank: from 0; rank 0 writes the results.
-        size: number of processes on all machines.
-        local_rank: number of the process on its machine, which chooses its GPU.
-    """
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-
-    @property
-    def leads(self) -> bool:
-        """Whether this process writes the results."""
-        return self.rank == 0
-
-    def device(self, name: str) -> torch.device:
-        """``"auto"``: this process's GPU where there is one, else the CPU; or as named."""
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", self.local_rank % torch.cuda.device_count())
-        return device
-
-    def share(self, value: T) -> T:
-        """Rank 0's value, on every process."""
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def gather(self, values: list[T]) -> list[T]:
-        """The values of all processes, on every one, in the order of their ranks."""
-        if self.size == 1:
-            return values
-        every: list[list[T]] = [[]] * self.size
-        dist.all_gather_object(every, values)
-        return [value for one in every for value in one]
-
-    def add(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, the same bits on each; the tensor itself if it is alone."""
-        if self.size == 1:
-            return tensor
-        total = tensor.cpu().clone()
-        dist.all_reduce(total)
-        return total.to(tensor.device)
-
-    def least(self, value: int) -> int:
-        """The smallest of all processes' values."""
-        if self.size == 1:
-            return value
-        box = torch.tensor(value)
-        dist.all_reduce(box, op=dist.ReduceOp.MIN)
-        return int(box)
-
-    def wait(self) -> None:
-        """Until every process is here."""
-        if self.size > 1:
-            dist.barrier()
-
-
-def join_world() -> World:
+def init_process_group() -> None:
     """Join the other processes if torchrun started this one.
 
     Only sums are exchanged, once a pass: gloo carries them between CPUs and GPUs alike. The
     processes stay together until they end, for a group that is taken apart cannot be joined again
     reliably.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        return World()
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=_PATIENCE)
-        atexit.register(_leave)
-    return World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=_TIMEOUT)
+        atexit.register(_destroy_process_group)
 
 
-def _leave() -> None:
+def _destroy_process_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def get_rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    """The number of processes on all machines."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main_process() -> bool:
+    """Whether this process writes the results."""
+    return get_rank() == 0
+
+
+def local_device(name: str) -> torch.device:
+    """``"auto"``: this process's GPU where there is one, else the CPU; or as named."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is None:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    return device
+
+
+def on_main_process(function: Callable[[], T]) -> T:
+    """What the function returns on the main process, on all; or the error that it raises there."""
+    box: list[T | ClassEmbError | None] = [None]
+    if is_main_process():
+        try:
+            box = [function()]
+        except ClassEmbError as error:
+            box = [error]
+    if get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], ClassEmbError):
+        raise box[0]
+    return box[0]  # type: ignore[return-value]
+
+
+def all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """The sum over all processes, the same bits on each; the tensor itself if there is one."""
+    if get_world_size() == 1:
+        return tensor
+    total = tensor.cpu().clone()
+    dist.all_reduce(total, op)
+    return total.to(tensor.device)
+
+
+def all_gather(values: list[T]) -> list[T]:
+    """The values of all processes, on every one, in the order of their ranks."""
+    if get_world_size() == 1:
+        return values
+    every: list[list[T]] = [[]] * get_world_size()
+    dist.all_gather_object(every, values)
+    return [value for one in every for value in one]
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if get_world_size() > 1:
+        dist.barrier()

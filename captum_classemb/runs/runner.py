@@ -19,15 +19,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import ReduceOp
 from torchmetrics import Metric
 from tqdm import tqdm
 
 from captum_classemb.data import StudyDataset
 from captum_classemb.data.marks import PNG_MARK
-from captum_classemb.errors import ClassEmbError, DataError, OutputError
+from captum_classemb.errors import DataError, OutputError
+from captum_classemb.files import write_atomically
 from captum_classemb.runs.batches import batch_plan, chosen_images, load_batches
 from captum_classemb.runs.merge import add_up
-from captum_classemb.runs.processes import World, join_world
+from captum_classemb.runs.processes import (
+    all_gather,
+    all_reduce,
+    barrier,
+    get_rank,
+    get_world_size,
+    init_process_group,
+    is_main_process,
+    on_main_process,
+)
 from captum_classemb.runs.settings import (
     RUN,
     describe_data,
@@ -37,7 +48,7 @@ from captum_classemb.runs.settings import (
     write_json,
 )
 from captum_classemb.runs.sources import ReadFiles, write_files
-from captum_classemb.runs.storage import Checkpoints, exclusive, write_atomically
+from captum_classemb.runs.storage import Checkpoint, Checkpoints, exclusive
 from captum_classemb.runs.study import Study
 from captum_classemb.runs.tables import Row, read_rows, write_rows
 
@@ -93,9 +104,7 @@ class StudyResult:
     info: dict[str, Any] = field(default_factory=dict)
 
 
-def _settings(
-    study: Study, data: StudyDataset, options: RunOptions, world: World
-) -> dict[str, Any]:
+def _settings(study: Study, data: StudyDataset, options: RunOptions) -> dict[str, Any]:
     return plain(
         {
             "study": study.name,
@@ -104,16 +113,9 @@ def _settings(
             **describe_data(data),
             "limit": options.limit,
             "batch_size": options.batch_size,
-            "processes": world.size,
+            "processes": get_world_size(),
         }
     )
-
-
-def _agree(world: World, error: ClassEmbError | None) -> None:
-    """Every process stops with rank 0's error."""
-    shared = world.share(error)
-    if shared is not None:
-        raise shared
 
 
 def run_study(
@@ -145,53 +147,43 @@ def run_study(
     """
     options = options or RunOptions()
     output = Path(output)
-    world = join_world()
+    init_process_group()
     plan = _plan(study, data, options)
     notices = study.notices()
-    with exclusive(output / f".lock-{world.rank}"):
-        settings = _settings(study, data, options, world)
-        run: dict[str, Any] = {}
-        problem: ClassEmbError | None = None
-        if world.leads:
-            try:
-                run = open_folder(
-                    output, settings, environment(torch.device(device)), options.resume
-                )
-            except ClassEmbError as error:
-                problem = error
-        _agree(world, problem)
-        run = world.share(run)
+    with exclusive(output / f".lock-{get_rank()}"):
+        settings = _settings(study, data, options)
+        here = environment(torch.device(device))
+        run = on_main_process(lambda: open_folder(output, settings, here, options.resume))
         if run["complete"]:
             tables = _read_tables(output, run)
             refused = run.get("refused", [])
             return StudyResult(tables, output, run["images"], refused=refused, info=run)
         started = time.monotonic()
-        if options.progress and world.leads:
+        if options.progress and is_main_process():
             for notice in notices:
                 tqdm.write(notice, file=sys.stderr)
-        checkpoints = Checkpoints(output / _CHECKPOINTS, world.rank)
-        files = ReadFiles(output / _CHECKPOINTS, world.rank)
-        _stream(study, data, plan, (checkpoints, files), options, torch.device(device), world)
+        checkpoints = Checkpoints(output / _CHECKPOINTS, get_rank())
+        files = ReadFiles(output / _CHECKPOINTS, get_rank())
+        _stream(study, data, plan, (checkpoints, files), options, torch.device(device))
         study.metrics.cpu()
-        reads = world.gather(list(files.known.values()))
-        refused = {read.image: read.refused for read in reads if read.refused}
-        images = len({index for batches in plan for batch in batches for index in batch})
-        images -= len(refused)
+        reads = all_gather(list(files.known.values()))
+        why = {read.image: read.refused for read in reads if read.refused}
+        images = len({index for batches in plan for batch in batches for index in batch} - {*why})
         if images == 0:
-            raise DataError(f"no image could be read: {next(iter(refused.values()), 'none')}")
-        add_up(study.metrics, world)
+            raise DataError(f"no image could be read: {next(iter(why.values()), 'there is none')}")
+        add_up(study.metrics)
         tables = study.tables()
         seconds = time.monotonic() - started
         run |= {"complete": True, "tables": list(tables), "images": images}
         run |= {"notices": notices, **study.notes()}
         run |= {"seconds": round(seconds, 3), "device": str(device)}
-        if world.leads:
+        if is_main_process():
             run |= write_files(output, reads)
             _write_results(study, tables, output, run)
-        world.wait()
+        barrier()
         files.remove()
         checkpoints.remove()
-        return StudyResult(tables, output, images, seconds, list(refused.values()), run)
+        return StudyResult(tables, output, images, seconds, list(why.values()), run)
 
 
 def _read_tables(output: Path, run: Mapping[str, Any]) -> dict[str, list[Row]]:
@@ -217,27 +209,28 @@ def _stream(
     stored: tuple[Checkpoints, ReadFiles],
     options: RunOptions,
     device: torch.device,
-    world: World,
 ) -> None:
     """Take this process's batches into the study's sums, pass after pass."""
     checkpoints, files = stored
-
-    def save(number: int, done: int) -> None:
-        files.save()
-        checkpoints.save(number, done, study.metrics.state_dict())
-
     numbers = count()
     mine = [
-        [(next(numbers), indices) for indices in batches][world.rank :: world.size]
+        [(next(numbers), indices) for indices in batches][get_rank() :: get_world_size()]
         for batches in plan
     ]
     study.metrics.to(device)
     for metric in study.metrics.modules():
         if isinstance(metric, Metric):
             metric.persistent(True)
-    first, done = _restore(study, checkpoints, options.resume, device, world)
+    first, done = _restore(study, checkpoints, options.resume, device)
+
     consumed = [*(batch for batches in mine[:first] for batch in batches), *mine[first][:done]]
     files.restore((index for _, indices in consumed for index in indices), options.verify)
+
+    def save(number: int, done: int) -> None:
+        # First what was read, so that no sum is of files that nobody knows of.
+        files.save()
+        checkpoints.save(Checkpoint(number, done, study.metrics.state_dict()))
+
     every = max(1, options.checkpoint_every // options.batch_size)
     bar = tqdm(
         total=sum(len(indices) for batches in mine for _, indices in batches),
@@ -246,7 +239,7 @@ def _stream(
         unit="image",
         desc=study.name,
         # None: shown on terminals alone.
-        disable=None if options.progress and world.leads else True,
+        disable=None if options.progress and is_main_process() else True,
     )
     with bar, torch.no_grad():
         for number in range(first, len(mine)):
@@ -268,39 +261,50 @@ def _stream(
             if number + 1 < len(mine):
                 # All have saved the pass before any goes on, and none goes far ahead: whenever
                 # they are killed, there is a pass of which everyone has a checkpoint.
-                world.wait()
-                study.end_pass(number, world)
+                barrier()
+                study.end_pass(number)
                 study.begin_pass(number + 1)
                 done = 0
                 save(number + 1, done)
-                world.wait()
+                barrier()
 
 
 def _restore(
-    study: Study, checkpoints: Checkpoints, resume: bool, device: torch.device, world: World
+    study: Study, checkpoints: Checkpoints, resume: bool, device: torch.device
 ) -> tuple[int, int]:
     """Go back to where all processes were: the pass, and this one's batches done in it."""
-    number = world.least(checkpoints.newest() if resume else 0)
-    stored = checkpoints.load(number) if resume else None
+    stored = checkpoints.load() if resume else iter(())
+    newest = next(stored, Checkpoint(0, 0, {}))
+    number = _least(newest.number)
+    # A process may be a pass ahead of the slowest one, by no more.
+    found = newest if newest.number == number else next(stored, Checkpoint(0, 0, {}))
     # A pass after the first one starts with what the one before it found.
-    if not world.least(int(stored is not None or number == 0)):
-        number, stored = 0, None
+    if not _least(int(found.number == number)):
+        number, found = 0, Checkpoint(0, 0, {})
     study.begin_pass(number)
-    if stored is None:
-        return number, 0
-    missing = study.metrics.state_dict().keys() - stored[1].keys()
+    if found.state:
+        _load(study, found.state, checkpoints.folder)
+        study.metrics.to(device)
+    return number, found.done
+
+
+def _load(study: Study, state: dict[str, Any], folder: Path) -> None:
+    """Take sums from a checkpoint: all of them, for a metric takes a missing one for nothing."""
+    missing = study.metrics.state_dict().keys() - state.keys()
     try:
-        # torchmetrics itself takes a state that is missing for one without images.
         if missing:
             raise KeyError(min(missing))
-        study.metrics.load_state_dict(stored[1])
+        study.metrics.load_state_dict(state)
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(
-            f"a checkpoint in {checkpoints.folder} is not of this study ({error}): start the run "
-            "anew in another folder."
+            f"a checkpoint in {folder} is not of this study ({error}): start the run anew in "
+            "another folder."
         ) from error
-    study.metrics.to(device)
-    return number, stored[0]
+
+
+def _least(value: int) -> int:
+    """The smallest of all processes' values."""
+    return int(all_reduce(torch.tensor(value), ReduceOp.MIN))
 
 
 def _write_results(

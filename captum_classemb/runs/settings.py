@@ -6,7 +6,6 @@ import json
 import platform
 import warnings
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ import torch
 from captum_classemb.data import StudyDataset
 from captum_classemb.data.marks import JSON_MARK
 from captum_classemb.errors import OutputError
-from captum_classemb.runs.storage import write_atomically
+from captum_classemb.files import write_atomically
+from captum_classemb.versions import versions
 
 __all__ = [
     "RUN",
@@ -25,23 +25,10 @@ __all__ = [
     "open_folder",
     "plain",
     "read_run",
-    "versions",
     "write_json",
 ]
 
 RUN = "run.json"
-
-
-def versions() -> dict[str, str]:
-    """Versions of whatever the numbers depend on."""
-    found = {"python": platform.python_version()}
-    names = ("captum-classemb", "torch", "torchvision", "timm", "torchmetrics", "numpy", "pillow")
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed as a package"
-    return found
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from captum_classemb.data.images import Source
 from captum_classemb.errors import OutputError
-from captum_classemb.runs.storage import write_atomically
+from captum_classemb.files import write_atomically
 
 __all__ = ["FileRead", "ReadFiles", "write_files"]
 

@@ -1,61 +1,27 @@
-"""What a study leaves on disk: atomic files, checkpoints in two generations, a lock."""
+"""What a run keeps on disk while it goes on: checkpoints in two generations, a lock."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import os
-import pickle
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from captum_classemb.errors import OutputError
+from captum_classemb.files import write_atomically
 
-__all__ = ["Checkpoints", "exclusive", "write_atomically"]
+__all__ = ["Checkpoint", "Checkpoints", "exclusive"]
 
-_MAGIC = b"classemb checkpoint 2\n"
 _GENERATIONS = 2
-
-
-def write_atomically(path: Path, *content: bytes | memoryview) -> None:
-    """Write a file so that whoever opens it finds the old content or the new, nothing between.
-
-    Args:
-        path: the file; its folder is made if need be.
-        content: written one after another.
-
-    Raises:
-        OutputError: if it cannot be written.
-    """
-    # One name for each file, so that what a killed process left behind is written over.
-    draft = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("wb") as file:
-            for part in content:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+#: Of the SHA-256 that a file begins with, in hexadecimal digits.
+_DIGEST_LENGTH = 64
 
 
 @contextmanager
@@ -90,11 +56,25 @@ def exclusive(path: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+class Checkpoint(NamedTuple):
+    """How far a process had come.
+
+    Attributes:
+        number: the pass, counted from 0.
+        done: batches of it that are in the sums.
+        state: the sums.
+    """
+
+    number: int
+    done: int
+    state: dict[str, Any]
+
+
 class Checkpoints:
     """The checkpoints of one process, the last two of which are kept.
 
-    A checkpoint is a checksum and a state. One that does not match its checksum (the machine went
-    down while it was written) is passed over for the one before it.
+    A file is the SHA-256 of what ``torch.save`` wrote, and that. One that does not match (the
+    machine went down while it was written) is passed over for the one before it.
 
     Args:
         folder: where they lie.
@@ -105,7 +85,7 @@ class Checkpoints:
         self.folder = folder
         self.rank = rank
 
-    def _generations(self) -> list[Path]:
+    def _files(self) -> list[Path]:
         """Newest first."""
         pattern = re.compile(rf"rank-{self.rank}\.\d{{3}}\.\d{{8}}\.ckpt")
         # Not asked first whether it exists: another process may take it away meanwhile.
@@ -114,59 +94,38 @@ class Checkpoints:
             return sorted(found, reverse=True)
         return []
 
-    def save(self, number: int, done: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint after ``done`` batches of a pass, and drop all but the last two.
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint, and drop all but the last two.
 
         Raises:
             OutputError: if it cannot be written.
         """
         buffer = io.BytesIO()
-        torch.save({"done": done, "state": state}, buffer)
+        torch.save(checkpoint._asdict(), buffer)
         # Sums may be large: they are not copied once more.
         body = buffer.getbuffer()
-        checksum = hashlib.sha256(body).hexdigest().encode()
-        path = self.folder / f"rank-{self.rank}.{number:03d}.{done:08d}.ckpt"
-        write_atomically(path, _MAGIC + checksum + b"\n", body)
-        for old in self._generations()[_GENERATIONS:]:
+        digest = hashlib.sha256(body).hexdigest().encode()
+        name = f"rank-{self.rank}.{checkpoint.number:03d}.{checkpoint.done:08d}.ckpt"
+        write_atomically(self.folder / name, digest, body)
+        for old in self._files()[_GENERATIONS:]:
             old.unlink(missing_ok=True)
 
-    def newest(self) -> int:
-        """The pass of the newest checkpoint that is whole; 0 without one."""
-        return next((number for number, _, _ in self._whole()), 0)
-
-    def load(self, number: int = 0) -> tuple[int, dict[str, Any]] | None:
-        """Batches done and state of a pass's newest checkpoint that is whole; None without one.
-
-        Raises:
-            OutputError: if a whole checkpoint was written by another version.
-        """
-        for found, path, body in self._whole():
-            if found == number:
-                try:
-                    stored = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-                except (RuntimeError, pickle.UnpicklingError) as error:
-                    raise OutputError(f"{path} cannot be read by this version: {error}.") from error
-                return int(stored["done"]), stored["state"]
-        return None
-
-    def _whole(self) -> Iterator[tuple[int, Path, memoryview]]:
-        """Pass, file and content of the checkpoints that match their checksums, newest first."""
-        for path in self._generations():
+    def load(self) -> Iterator[Checkpoint]:
+        """The checkpoints that are whole, newest first."""
+        for path in self._files():
             content = memoryview(path.read_bytes())
-            head = len(_MAGIC) + 64
-            body = content[head + 1 :]
-            if content[: len(_MAGIC)] == _MAGIC and (
-                hashlib.sha256(body).hexdigest().encode() == content[len(_MAGIC) : head]
-            ):
-                yield int(path.name.split(".")[1]), path, body
-            else:
+            digest, body = bytes(content[:_DIGEST_LENGTH]), content[_DIGEST_LENGTH:]
+            if hashlib.sha256(body).hexdigest().encode() != digest:
                 warnings.warn(
-                    f"{path} is incomplete: the checkpoint before it is used.", stacklevel=4
+                    f"{path} is incomplete: the checkpoint before it is used.", stacklevel=2
                 )
+                continue
+            stored = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+            yield Checkpoint(**stored)
 
     def remove(self) -> None:
         """Delete the checkpoints of this process, and the folder if it is empty then."""
-        for path in self._generations():
+        for path in self._files():
             path.unlink(missing_ok=True)
         # Another process may take the folder away at the same moment, or still have files in it.
         with suppress(OSError):

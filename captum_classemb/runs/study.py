@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.processes import World
 from captum_classemb.runs.tables import Row
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ class Study(ABC):
         """Called before each pass, and before the sums of an interrupted one are restored."""
         return
 
-    def end_pass(self, number: int, world: World) -> None:
+    def end_pass(self, number: int) -> None:
         """Called after each pass but the last, on all processes at once."""
         return
 

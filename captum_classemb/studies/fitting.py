@@ -23,10 +23,10 @@ from captum_classemb.studies.linear_probing.metric import (
 )
 from captum_classemb.vit import Recording, ViT, adapt, record
 
-__all__ = ["SITES", "fit_linear_probe", "fit_logistic_probe", "fit_tuned_lens"]
+__all__ = ["FITTED_SITES", "fit_linear_probe", "fit_logistic_probe", "fit_tuned_lens"]
 
 #: What readouts are fitted to unless other sites are named.
-SITES = ("resid_post", "attn_out", "mlp_out")
+FITTED_SITES = ("resid_post", "attn_out", "mlp_out")
 
 #: Images and labels; anything after them is passed over.
 Batches = Iterable[Sequence[Tensor]]
@@ -76,13 +76,13 @@ def fit_linear_probe(
     model: nn.Module,
     batches: Batches,
     *,
-    sites: Sequence[str] = SITES,
+    sites: Sequence[str] = FITTED_SITES,
     blocks: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
     num_classes: int | None = None,
     alpha: float = 1.0,
     memory_limit: int = MEMORY_LIMIT,
-    say: Callable[[str], None] = _nothing,
+    log: Callable[[str], None] = _nothing,
 ) -> LinearProbe:
     """Fit ridge probes to ±1 one-hot classes, streaming (Vilas et al. §7).
 
@@ -100,7 +100,7 @@ def fit_linear_probe(
         num_classes: C; by default the model's.
         alpha: the penalty of the squared weights.
         memory_limit: bytes that the sums may take; with less there are more passes.
-        say: is told what will be fitted in how many passes, and what the sums take, beforehand.
+        log: is told what will be fitted in how many passes, and what the sums take, beforehand.
 
     Returns:
         the probe of every block and site. A class without images has the constant logit −1.
@@ -112,7 +112,7 @@ def fit_linear_probe(
     Examples:
         >>> from captum_classemb.models import demo_vit
         >>> batch = (torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 0, 1]))
-        >>> probe = fit_linear_probe(demo_vit(), [batch], sites=["resid_post"], say=print)
+        >>> probe = fit_linear_probe(demo_vit(), [batch], sites=["resid_post"], log=print)
         12 probes in 1 pass over the images, whose sums take 1 MB
         >>> probe.at(5, "resid_post").project(torch.randn(1, 65, 96)).shape
         torch.Size([1, 65, 10])
@@ -123,7 +123,7 @@ def fit_linear_probe(
     width = own.parts[0].head.weight.shape[1]
     tokens = probe_tokens(vit.prefix_tokens, positions)
     plan = plan_probes(_places(vit, sites, blocks), tokens, width, classes, 1, memory_limit)
-    say(str(plan))
+    log(str(plan))
     _again(batches, len(plan.passes))
     solved = []
     for probes in plan.passes:
@@ -142,7 +142,7 @@ def fit_logistic_probe(
     model: nn.Module,
     batches: Batches,
     *,
-    sites: Sequence[str] = SITES,
+    sites: Sequence[str] = FITTED_SITES,
     blocks: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
     num_classes: int | None = None,

@@ -14,7 +14,7 @@ from captum_classemb.functional.variant import Variant, check_variant
 from captum_classemb.readout import Readout
 from captum_classemb.runs.batches import Batch
 from captum_classemb.runs.study import Study
-from captum_classemb.runs.subject import Subject, weights_digest
+from captum_classemb.runs.subject import Subject
 from captum_classemb.runs.tables import Row
 from captum_classemb.studies.group_means import ClassContextDifference, Means
 from captum_classemb.studies.identifiability.metric import Identifiability
@@ -51,13 +51,7 @@ class ModelStudy(Study):
         self._readers: dict[int, TokenReader] = {}
 
     def settings(self) -> dict[str, Any]:
-        return {
-            "model": self.subject.name,
-            "weights": weights_digest(self.vit.model),
-            "readout": type(self.readout).__name__,
-            "variant": self.variant,
-            "seed": self.subject.seed,
-        }
+        return {**self.subject.settings(), "readout": type(self.readout).__name__}
 
     def reader(self, block: int, site: str) -> TokenReader:
         """Reads the tokens of a site; one for all sites that share a readout."""

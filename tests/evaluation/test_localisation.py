@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from captum_classemb.data import boxes_to_mask
 from captum_classemb.errors import InputError
 from captum_classemb.evaluation import localisation_scores as loc
 from captum_classemb.evaluation.localisation import BoxLocalisation, MaskLocalisation
@@ -17,8 +18,8 @@ from captum_classemb.functional.grid import spread, tile
 def maps_and_masks() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     maps = torch.randn(5, 4, 4, generator=generator, dtype=torch.float64)
-    boxes = [[0, 0, 2, 2], [0, 0, 16, 16], [3, 3, 9, 11], [1, 0, 10, 10], [0, 0, 8, 16]]
-    return maps, torch.stack([loc.box_mask([box], (16, 16)) for box in boxes])
+    boxes = [(0, 0, 2, 2), (0, 0, 16, 16), (3, 3, 9, 11), (1, 0, 10, 10), (0, 0, 8, 16)]
+    return maps, torch.stack([boxes_to_mask([box], (16, 16)).bool() for box in boxes])
 
 
 def test_energy_leaves_out_tiny_and_huge_boxes_and_the_pointing_game_does_not() -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
+from captum_classemb.data import boxes_to_mask
 from captum_classemb.errors import InputError, NonFiniteError
 from captum_classemb.evaluation import localisation_scores as loc
 
@@ -25,13 +26,9 @@ def maps_and_masks(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(maps), torch.from_numpy(mask)
 
 
-def test_boxes_are_joined_and_take_the_pixels_whose_centre_they_hold() -> None:
-    mask = loc.box_mask([[0.0, 0.0, 1.4, 1.0], [1.0, 0.0, 2.6, 2.0]], (2, 4))
-    assert mask.tolist() == [[True, True, True, False], [False, True, True, False]]
+def test_the_share_of_a_mask() -> None:
+    mask = torch.tensor([[True, True, True, False], [False, True, True, False]])
     assert loc.mask_share(mask).item() == 5 / 8
-    assert not loc.box_mask([], (2, 2)).any()
-    with pytest.raises(InputError, match="x0, y0, x1, y1"):
-        loc.box_mask([[1.0, 2.0]], (2, 2))
 
 
 @given(maps_and_masks())
@@ -97,7 +94,7 @@ def test_leading_dimensions_are_images() -> None:
 
 
 def test_the_mask_itself_is_the_best_map_and_its_complement_the_worst() -> None:
-    mask = loc.box_mask([[1, 1, 3, 3]], (4, 4))
+    mask = boxes_to_mask([(1, 1, 3, 3)], (4, 4)).bool()
     oracle, reverse = mask.float(), (~mask).float()
     assert loc.energy_inside(oracle, mask) == 1 and loc.energy_inside(reverse, mask) == 0
     assert loc.pointing_game(oracle, mask) == 1 and loc.pointing_game(reverse, mask) == 0

@@ -14,9 +14,10 @@ import torch
 from runs.toy import IMAGES, Toy, ToyData
 
 from captum_classemb.errors import DataError, InputError, OutputError
+from captum_classemb.files import write_atomically
 from captum_classemb.runs import RunOptions, read_rows, run_study
 from captum_classemb.runs.batches import batch_plan, chosen_images
-from captum_classemb.runs.storage import Checkpoints, write_atomically
+from captum_classemb.runs.storage import Checkpoint, Checkpoints
 
 TOY = Path(__file__).parent / "toy.py"
 QUIET = RunOptions(batch_size=2, checkpoint_every=4, progress=False)
@@ -212,8 +213,9 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_checkpoints_of_two_ranks_do_not_meet(tmp_path: Path) -> None:
     for rank in (0, 1):
-        Checkpoints(tmp_path, rank).save(0, rank + 3, {})
-    assert [Checkpoints(tmp_path, rank).load() for rank in (0, 1, 2)] == [(3, {}), (4, {}), None]
+        Checkpoints(tmp_path, rank).save(Checkpoint(0, rank + 3, {}))
+    loaded = [[c.done for c in Checkpoints(tmp_path, rank).load()] for rank in (0, 1, 2)]
+    assert loaded == [[3], [4], []]
 
 
 def test_two_ranks_that_end_at_once_remove_one_folder(
@@ -222,9 +224,9 @@ def test_two_ranks_that_end_at_once_remove_one_folder(
     """Between a process's look at the folder and its removal, the other one removes it."""
     folder = tmp_path / "checkpoints"
     for rank in (0, 1):
-        Checkpoints(folder, rank).save(0, 1, {})
+        Checkpoints(folder, rank).save(Checkpoint(0, 1, {}))
     Checkpoints(folder, 0).remove()
-    assert folder.is_dir() and Checkpoints(folder, 1).load() == (1, {})
+    assert folder.is_dir() and list(Checkpoints(folder, 1).load()) == [Checkpoint(0, 1, {})]
     remove = Path.rmdir
 
     def beaten(path: Path) -> None:
@@ -239,13 +241,12 @@ def test_two_ranks_that_end_at_once_remove_one_folder(
 
 def test_checkpoints_know_their_pass(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.newest() == 0
-    for number, done in ((0, 4), (0, 8), (1, 0)):
-        checkpoints.save(number, done, {"in": number})
-    assert checkpoints.newest() == 1 and len(list(tmp_path.iterdir())) == 2
-    assert checkpoints.load(1) == (0, {"in": 1})
-    assert checkpoints.load(0) == (8, {"in": 0})
-    assert checkpoints.load(2) is None
+    assert list(checkpoints.load()) == []
+    saved = [Checkpoint(n, done, {"in": n}) for n, done in ((0, 4), (0, 8), (1, 0))]
+    for checkpoint in saved:
+        checkpoints.save(checkpoint)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert list(checkpoints.load()) == [saved[2], saved[1]]
 
 
 def by_definition() -> list[float]:

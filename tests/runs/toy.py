@@ -15,7 +15,7 @@ from captum_classemb.data import Sample
 from captum_classemb.errors import OutputError
 from captum_classemb.runs import Row, RunOptions, Study, run_study
 from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.processes import World
+from captum_classemb.runs.processes import all_reduce
 
 IMAGES = 23
 
@@ -84,9 +84,9 @@ class Toy(Study):
         self.metrics["sums"] = Sums().to(self.metrics["sums"].total.device)
         self.metrics["sums"].persistent(True)
 
-    def end_pass(self, number: int, world: World) -> None:
+    def end_pass(self, number: int) -> None:
         own, means = self.metrics["sums"], self.metrics["means"]
-        means.total = world.add(own.total) / world.add(own.count)
+        means.total = all_reduce(own.total) / all_reduce(own.count)
 
     def update(self, batch: Batch) -> None:
         time.sleep(self.pause)

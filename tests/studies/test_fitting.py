@@ -62,8 +62,8 @@ def test_ridge_in_one_pass_is_scikit_learns(name: str) -> None:
 
 def test_neither_batches_nor_passes_change_a_probe() -> None:
     model, told = vit(), []
-    whole = fit_linear_probe(model, data(size=IMAGES), alpha=0.5, say=told.append)
-    parts = fit_linear_probe(model, data(size=1), alpha=0.5, memory_limit=20_000, say=told.append)
+    whole = fit_linear_probe(model, data(size=IMAGES), alpha=0.5, log=told.append)
+    parts = fit_linear_probe(model, data(size=1), alpha=0.5, memory_limit=20_000, log=told.append)
     assert told == [
         "18 probes in 1 pass over the images, whose sums take 0 MB",
         "18 probes in 6 passes over the images, whose sums take 0 MB",

@@ -1,13 +1,35 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
 
-from captum_classemb.functional.permutation import random_signs, sign_flip_test
+from captum_classemb.functional.permutation import (
+    EXACT_BELOW,
+    all_signs,
+    count_hits,
+    random_signs,
+)
 from captum_classemb.studies.group_means import ClassContextDifference
 from captum_classemb.studies.token_groups import membership
+
+
+def sign_flip_test(
+    differences: torch.Tensor,
+    indices: Sequence[int] | None = None,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> torch.Tensor:
+    """Two-sided p-values of the mean of differences B×R, all images at once."""
+    count = len(differences)
+    exact = count < EXACT_BELOW
+    signs = all_signs(count) if exact else random_signs(indices or range(count), draws, seed)
+    differences = differences.double()
+    drawn = differences.T @ signs.double()
+    hits = count_hits(drawn, differences.sum(0), differences.abs().sum(0)).double()
+    return hits / drawn.shape[1] if exact else (1 + hits) / (1 + draws)
 
 
 def one_token_each(differences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

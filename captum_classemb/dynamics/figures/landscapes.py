@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from mpl_toolkits.mplot3d import Axes3D
 
-from captum_classemb.dynamics.figures.profiles import _MARKERS, _MODELS, _tidy
+from captum_classemb.dynamics.figures.profiles import COLOURS, MARKERS, tidy
 
 __all__ = [
     "by_epoch",
@@ -45,7 +45,7 @@ def eigenvalue_density(
     """
     top = max(float(np.max(density)) for density in densities.values())
     for i, (name, density) in enumerate(densities.items()):
-        colour = _MODELS[(first_colour + i) % len(_MODELS)]
+        colour = COLOURS[(first_colour + i) % len(COLOURS)]
         values = np.asarray(eigenvalues[name]).ravel()
         label = f"{name} ({100 * np.mean(values < 0):.0f} % negative)"
         axis.plot(points, density, color=colour, linewidth=1.8, label=label)
@@ -61,7 +61,7 @@ def eigenvalue_density(
     axis.set_xlabel("top Hessian eigenvalues")
     axis.set_ylabel("density over batches")
     axis.set_title(title, fontsize=10)
-    _tidy(axis)
+    tidy(axis)
     axis.legend(fontsize=8, frameon=False)
 
 
@@ -134,7 +134,7 @@ def polar_path(axis: Axes, paths: Mapping[str, tuple[Floats, Floats]], title: st
     """
     for i, (name, (radius, angle)) in enumerate(paths.items()):
         axis.plot(
-            angle, radius, color=_MODELS[i % len(_MODELS)], marker=_MARKERS[i % 5], markersize=4.5,
+            angle, radius, color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % 5], markersize=4.5,
             linewidth=1.5, label=name, markeredgecolor="white", markeredgewidth=0.5,
         )  # fmt: skip
     widest = max(float(np.max(angle)) for _, angle in paths.values())
@@ -163,18 +163,18 @@ def robustness_lines(axis: Axes, values: Mapping[str, Floats], label: str, title
         title: of the axis.
     """
     for i, (name, table) in enumerate(values.items()):
-        colour = _MODELS[i % len(_MODELS)]
+        colour = COLOURS[i % len(COLOURS)]
         x = np.arange(1, table.shape[1] + 1)
         axis.fill_between(x, table.min(0), table.max(0), color=colour, alpha=0.12, linewidth=0)
         axis.plot(
-            x, table.mean(0), color=colour, marker=_MARKERS[i % 5], markersize=5, linewidth=1.8,
+            x, table.mean(0), color=colour, marker=MARKERS[i % 5], markersize=5, linewidth=1.8,
             label=name, markeredgecolor="white", markeredgewidth=0.5,
         )  # fmt: skip
     axis.set_xticks(x)
     axis.set_xlabel("severity of the corruption")
     axis.set_ylabel(label)
     axis.set_title(title, fontsize=10)
-    _tidy(axis)
+    tidy(axis)
     axis.legend(fontsize=9, frameon=False)
 
 
@@ -196,7 +196,7 @@ def by_epoch(
     """
     for i, (name, (epochs, values)) in enumerate(lines.items()):
         axis.plot(
-            epochs, values, color=_MODELS[i % len(_MODELS)], marker=_MARKERS[i % 5],
+            epochs, values, color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % 5],
             markersize=4.5, linewidth=1.6, label=name, markeredgecolor="white",
             markeredgewidth=0.5,
         )  # fmt: skip
@@ -207,5 +207,5 @@ def by_epoch(
     if log:
         axis.set_yscale("log")
         axis.yaxis.set_minor_formatter(NullFormatter())
-    _tidy(axis)
+    tidy(axis)
     axis.legend(fontsize=8, frameon=False)

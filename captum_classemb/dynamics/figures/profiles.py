@@ -35,8 +35,8 @@ KIND_COLOURS: Mapping[str, str] = {
 }
 _NAMES = {"mlp": "MLP"}
 #: Colours of models: told apart in grey and by colour-blind readers.
-_MODELS = ("#31688e", "#b5367a", "#1f9e6e", "#c98a00", "#5c4b8a")
-_MARKERS = ("D", "o", "s", "^", "v")
+COLOURS = ("#31688e", "#b5367a", "#1f9e6e", "#c98a00", "#5c4b8a")
+MARKERS = ("D", "o", "s", "^", "v")
 
 
 def _depth_map() -> ListedColormap:
@@ -53,7 +53,8 @@ def _pi_axis(axis: Axes) -> None:
     axis.set_xlabel("frequency (radians per cell)")
 
 
-def _tidy(axis: Axes) -> None:
+def tidy(axis: Axes) -> None:
+    """Leave two spines and a faint grid."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="#000000", alpha=0.08, linewidth=0.8)
     axis.set_axisbelow(True)
@@ -78,7 +79,7 @@ def fourier_lines(
     for i, (x, y) in enumerate(zip(frequencies, amplitudes, strict=True)):
         axis.plot(x, y, color=colours(i / last), linewidth=1.5)
     _pi_axis(axis)
-    _tidy(axis)
+    tidy(axis)
     axis.set_ylabel("Δ log amplitude")
     axis.set_title(title, fontsize=10)
     bar = axis.figure.colorbar(
@@ -111,7 +112,7 @@ def depth_profile(
         shade = KIND_COLOURS.get(kinds[i], "#ffffff")
         axis.axvspan((i - 1) / last, i / last, color=shade, alpha=0.55, linewidth=0)
     for i, (name, line) in enumerate(values.items()):
-        colour, marker = _MODELS[i % len(_MODELS)], _MARKERS[i % len(_MARKERS)]
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         axis.plot(
             np.arange(len(line)) / last, line, color=colour, marker=marker, markersize=4.5,
             linewidth=1.6, label=name, markeredgecolor="white", markeredgewidth=0.5,
@@ -122,7 +123,7 @@ def depth_profile(
     axis.set_title(title, fontsize=10)
     if log:
         axis.set_yscale("log")
-    _tidy(axis)
+    tidy(axis)
     shades = [
         Patch(facecolor=KIND_COLOURS[kind], edgecolor="#888888", linewidth=0.6,
               label=_NAMES.get(kind, kind))
@@ -151,12 +152,12 @@ def frequency_noise_lines(
     for i, (name, values) in enumerate(accuracies.items()):
         decline = 100 * (np.asarray(values)[1:] - np.asarray(values)[0])
         axis.plot(
-            frequencies, decline, color=_MODELS[i % len(_MODELS)], marker=_MARKERS[i % 5],
+            frequencies, decline, color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % 5],
             markersize=5, linewidth=1.8, label=name, markeredgecolor="white",
             markeredgewidth=0.5,
         )  # fmt: skip
     _pi_axis(axis)
-    _tidy(axis)
+    tidy(axis)
     axis.set_xlabel("frequency of the noise (radians per pixel)")
     axis.set_ylabel("change of accuracy (points)")
     axis.set_title(title, fontsize=10)
@@ -225,7 +226,7 @@ def lesion_bars(
     axis.set_xlabel("block")
     axis.set_ylabel("accuracy without it (%)")
     axis.set_title(title, fontsize=10)
-    _tidy(axis)
+    tidy(axis)
     axis.legend(
         fontsize=8, frameon=False, ncols=len(sorts), loc="lower center",
         bbox_to_anchor=(0.5, 1.0 if not title else 1.08),

@@ -15,7 +15,7 @@ from captum_classemb.errors import InputError
 from captum_classemb.functional.variant import Variant, check_variant
 from captum_classemb.models.load import load_model
 from captum_classemb.runs.study import Study
-from captum_classemb.runs.subject import Subject, weights_digest
+from captum_classemb.runs.subject import Subject
 from captum_classemb.runs.tables import Row
 
 if TYPE_CHECKING:
@@ -49,12 +49,7 @@ class DynamicsStudy(Study):
         self.variant: Variant = subject.variant
 
     def settings(self) -> dict[str, Any]:
-        return {
-            "model": self.subject.name,
-            "weights": weights_digest(self.subject.model),
-            "variant": self.variant,
-            "seed": self.subject.seed,
-        }
+        return self.subject.settings()
 
     @abstractmethod
     def rows(self) -> list[Row]:

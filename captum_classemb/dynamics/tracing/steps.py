@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from captum_classemb.dynamics.tracing.block_list import (
     TracedRun,
@@ -24,6 +25,7 @@ from captum_classemb.dynamics.tracing.block_list import (
 from captum_classemb.dynamics.tracing.feature_maps import as_feature_map, evaluating, layout_of
 from captum_classemb.dynamics.tracing.trace import Event, key
 from captum_classemb.errors import InputError, UnsupportedModelError
+from captum_classemb.hooks import after, before, hooks_removed
 
 __all__ = ["Step", "StepKind", "find_steps", "record_steps", "watch_steps"]
 
@@ -252,7 +254,7 @@ def watch_steps(
     modules = dict(model.named_modules())
     prefix, channels_last = layout_of(model)
     size = (images.shape[-2], images.shape[-1])
-    handles: list[Any] = []
+    handles: list[RemovableHandle] = []
 
     def hand_on(i: int, value: object) -> None:
         found = as_feature_map(value, images.shape[0], size, prefix, channels_last)
@@ -264,29 +266,16 @@ def watch_steps(
             )
         use(i, found)
 
-    def watch(i: int, step: Step) -> None:
+    def watch(i: int, step: Step) -> RemovableHandle:
         module = modules[step.module]
         if step.side == "input":
+            return before(module, lambda args, kwargs: hand_on(i, [*args, *kwargs.values()]))
+        return after(module, lambda args, kwargs, output: hand_on(i, output))
 
-            def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                hand_on(i, [*args, *kwargs.values()])
-
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        else:
-
-            def after(_: nn.Module, args: tuple[Any, ...], output: object) -> None:
-                hand_on(i, output)
-
-            handles.append(module.register_forward_hook(after))
-
-    try:
+    with hooks_removed(handles), evaluating(model), torch.no_grad():
         for i, step in enumerate(steps):
-            watch(i, step)
-        with evaluating(model), torch.no_grad():
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+            handles.append(watch(i, step))
+        model(images)
 
 
 def record_steps(model: nn.Module, images: Tensor, steps: Sequence[Step]) -> list[Tensor]:

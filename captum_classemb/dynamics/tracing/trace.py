@@ -8,6 +8,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from captum_classemb.hooks import after, before, hooks_removed
 
 __all__ = ["Event", "key", "trace"]
 
@@ -86,28 +89,23 @@ class _Tracer(TorchFunctionMode):
 def trace(model: nn.Module, images: Tensor) -> list[Event]:
     """Run ``model`` once on ``images`` B×3×H×W, without gradients, and tell what happened."""
     tracer = _Tracer()
-    handles = []
+    handles: list[RemovableHandle] = []
 
     def entered(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = _tensors([*args, *kwargs.values()])
             tracer.events.append(Event("enter", path, inputs, None))
 
         return hook
 
     def left(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        def hook(args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
             tracer.events.append(Event("exit", path, (), output))
 
         return hook
 
-    try:
+    with hooks_removed(handles), torch.no_grad(), tracer:
         for path, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(entered(path), with_kwargs=True))
-            handles.append(module.register_forward_hook(left(path)))
-        with torch.no_grad(), tracer:
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+            handles += [before(module, entered(path)), after(module, left(path))]
+        model(images)
     return tracer.events

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from captum_classemb.errors import InputError
-from captum_classemb.readout import ClassEmbedding
+from captum_classemb.files import write_atomically
 from captum_classemb.runs.batches import Batch
 from captum_classemb.runs.catalogue import register_study
-from captum_classemb.runs.storage import write_atomically
 from captum_classemb.runs.subject import Subject
 from captum_classemb.runs.tables import Row, select
 from captum_classemb.studies.group_means import ClassContextDifference, Means
@@ -25,7 +24,6 @@ from captum_classemb.studies.identifiability.residual import (
     ClassSimilarityChangeRate,
     ResidualComposition,
 )
-from captum_classemb.studies.identifiability.stream_reader import StreamReader, StreamScores
 from captum_classemb.studies.model_study import ModelStudy
 from captum_classemb.studies.token_reader import TokenScores, target_logits
 from captum_classemb.vit import Recording, record
@@ -72,7 +70,6 @@ class IdentifiabilityStudy(ModelStudy):
         if save_tokens and subject.output is None:
             raise InputError("save_tokens needs the subject's output folder.")
         self.save_tokens = save_tokens
-        self._reads_streams: StreamReader | None = None
         self.depth = len(self.vit.blocks)
         self.places = [(block, site) for site in _SITES for block in range(self.depth)]
         # The published code has no input for the first block.
@@ -104,18 +101,13 @@ class IdentifiabilityStudy(ModelStudy):
         parallel = any(block.parallel for block in self.vit.blocks)
         wanted = [*_SITES, "embedding", *(["resid_mid"] if corrected and not parallel else [])]
         recording = record(self.vit, batch.images, wanted)
-        stream = None
-        if not self.save_tokens and StreamReader.reads(self.readout, recording):
-            stream = self._stream_reader().scores(recording, batch.labels)
-            scores = [stream.sites[site][block] for block, site in self.places]
-        else:
-            scores = self._scores(recording, batch.labels)
+        scores = self._scores(recording, batch.labels)
         ranks = torch.stack([s.rank for s in scores])
         logits = torch.stack([s.target_logit for s in scores]).unflatten(0, (3, self.depth))
         members = self.members(batch, ranks.shape[-1])
         self.accuracy.update(recording.logits, batch.labels)
         self.identifiability.update(ranks, members)
-        after, before = self._changes(recording, logits, batch.labels, stream)
+        after, before = self._changes(recording, logits, batch.labels)
         self.change_rate.update(after, before, members)
         top = torch.stack([s.top[..., 0] for s in scores[: self.depth]])
         layers = torch.stack([s.matches for s in scores[self.depth :]]).unflatten(0, (2, -1))
@@ -132,42 +124,31 @@ class IdentifiabilityStudy(ModelStudy):
         """Scores in the order of :attr:`places`; layers are compared with their block's output."""
         scores: list[TokenScores] = []
         for block, site in self.places:
-            stream = site == "resid_post"
-            top = _SAVED_CLASSES if self.save_tokens else int(stream)
-            reference = None if stream else scores[block].top[..., 0]
+            whole = site == "resid_post"
+            top = _SAVED_CLASSES if self.save_tokens else int(whole)
+            reference = None if whole else scores[block].top[..., 0]
             reader = self.reader(block, site)
             scores.append(reader.scores(recording[site][block], target, top, reference))
         return scores
 
-    def _stream_reader(self) -> StreamReader:
-        if self._reads_streams is None:
-            assert isinstance(self.readout, ClassEmbedding)
-            self._reads_streams = StreamReader(self.readout)
-        return self._reads_streams
-
     def _changes(
-        self, recording: Recording, logits: Tensor, target: Tensor, stream: StreamScores | None
+        self, recording: Recording, logits: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The target's logits after and before each layer of :attr:`changes`, R×B×N."""
         post = logits[0]
         if self.variant == "paper":
             before = post[:-1]
             return logits[:, 1:].flatten(0, 1), torch.cat([before] * 3)
-        if stream is None:
-            embedded = self._target_logits(recording, "embedding", 0, target)
-        else:
-            embedded = stream.embedding
+        embedded = self._target_logits(recording, "embedding", 0, target)
         block_input = torch.cat([embedded[None], post[:-1]])
-        if stream is not None and stream.middle is not None:
-            mlp_input = stream.middle
-        else:
-            middle = [
+        mlp_input = torch.stack(
+            [
                 block_input[b]
                 if block.parallel
                 else self._target_logits(recording, "resid_mid", b, target)
                 for b, block in enumerate(self.vit.blocks)
             ]
-            mlp_input = torch.stack(middle)
+        )
         before = torch.cat([block_input, block_input, mlp_input])
         return logits.flatten(0, 1), before
 

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from captum_classemb.data import TrainAndTest
 from captum_classemb.errors import DataError, InputError
+from captum_classemb.files import write_atomically
 from captum_classemb.functional.precision import wide
 from captum_classemb.models.names import class_names
 from captum_classemb.readout import ClassEmbedding, LinearProbe, encode_readout
 from captum_classemb.readout.probe import features_of, probe_tokens
 from captum_classemb.runs.batches import Batch
 from captum_classemb.runs.catalogue import register_study
-from captum_classemb.runs.processes import World
-from captum_classemb.runs.storage import write_atomically
+from captum_classemb.runs.processes import all_reduce
 from captum_classemb.runs.subject import Subject
 from captum_classemb.runs.tables import Row, select
-from captum_classemb.studies.fitting import SITES
+from captum_classemb.studies.fitting import FITTED_SITES
 from captum_classemb.studies.linear_probing.metric import (
     ProbeStatistics,
     plan_probes,
@@ -107,7 +107,7 @@ class LinearProbingStudy(ModelStudy):
             raise InputError("save_probes needs the subject's output folder.")
         self.own = features_of(self.vit.readout)
         self.depth = len(self.vit.blocks)
-        self.places = [(block, site) for site in SITES for block in range(self.depth)]
+        self.places = [(block, site) for site in FITTED_SITES for block in range(self.depth)]
         self.positions = _positions(positions)
         self.memory_limit = memory_limit
         self.save_probes = save_probes
@@ -247,11 +247,11 @@ class LinearProbingStudy(ModelStudy):
     def _features(self, tokens: Tensor) -> Tensor:
         return self.own.normalise(tokens) if self.variant == "corrected" else wide(tokens)
 
-    def end_pass(self, number: int, world: World) -> None:
+    def end_pass(self, number: int) -> None:
         if self.reading:
             return
         for name in ("gram", "sums", "counts"):
-            setattr(self.statistics, name, world.add(getattr(self.statistics, name)))
+            setattr(self.statistics, name, all_reduce(getattr(self.statistics, name)))
         with self._clock("solve"):
             left_out = [None] if self.folds == 1 else list(range(self.folds))
             weights, biases, final = [], [], []

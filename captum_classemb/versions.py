@@ -1,0 +1,21 @@
+"""Versions of whatever numbers depend on, to be kept beside them."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+__all__ = ["versions"]
+
+_PACKAGES = ("captum-classemb", "captum", "torch", "timm", "torchmetrics", "numpy", "pillow")
+
+
+def versions() -> dict[str, str]:
+    """The version of Python and of each package; those that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
