@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from captum_classemb import __version__
-from captum_classemb.errors import ClassEmbError
+from captum_classemb.errors import ClassEmbError, ClassEmbWarning
 from captum_classemb.study_commands import study_group
 
 if TYPE_CHECKING:
@@ -321,9 +321,15 @@ def doctor() -> None:
 cli.add_command(study_group(debug_option))
 
 
+def _note(message: Warning | str, *_: Any, **__: Any) -> None:
+    click.echo(f"Note: {message}", err=True)
+
+
 def main() -> None:
     """Run the command line."""
     if not sys.warnoptions:
         # What libraries say to programmers is no news to who only runs a command.
         warnings.simplefilter("ignore")
+        warnings.simplefilter("always", ClassEmbWarning)
+        warnings.showwarning = _note
     cli(prog_name="captum-classemb")

@@ -13,7 +13,7 @@ import torch
 
 from captum_classemb.data import StudyDataset
 from captum_classemb.data.marks import JSON_MARK
-from captum_classemb.errors import OutputError
+from captum_classemb.errors import ClassEmbWarning, OutputError
 from captum_classemb.files import write_atomically
 from captum_classemb.versions import versions
 
@@ -140,6 +140,7 @@ def open_folder(
             warnings.warn(
                 f"the run in {output} goes on with other {' and '.join(changed)} than it had: "
                 "run.json names both.",
+                ClassEmbWarning,
                 stacklevel=2,
             )
             earlier.append(dict(now))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from captum_classemb.errors import OutputError
+from captum_classemb.errors import ClassEmbWarning, OutputError
 from captum_classemb.files import write_atomically
 
 __all__ = ["Checkpoint", "Checkpoints", "exclusive"]
@@ -117,7 +117,9 @@ class Checkpoints:
             digest, body = bytes(content[:_DIGEST_LENGTH]), content[_DIGEST_LENGTH:]
             if hashlib.sha256(body).hexdigest().encode() != digest:
                 warnings.warn(
-                    f"{path} is incomplete: the checkpoint before it is used.", stacklevel=2
+                    f"{path} is incomplete: the checkpoint before it is used.",
+                    ClassEmbWarning,
+                    stacklevel=2,
                 )
                 continue
             stored = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)

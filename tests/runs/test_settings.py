@@ -21,7 +21,6 @@ from captum_classemb.cli import cli
 from captum_classemb.models import demo_vit
 from captum_classemb.runs import batches
 from captum_classemb.runs.storage import Checkpoint, Checkpoints
-from captum_classemb.studies.identifiability.study import IdentifiabilityStudy
 
 
 @pytest.fixture
@@ -112,7 +111,7 @@ def test_the_same_goes_on(study: Callable[..., Result], tmp_path: Path) -> None:
         (("--limit", "8"), "limit"),
         (("--random-init",), "weights"),
         (("--labels", "sorted"), "data.labels"),
-        (("--save-tokens",), "command.save_tokens"),
+        (("--save-tokens",), "save_tokens"),
     ],
 )
 def test_other_settings_are_refused(
@@ -267,7 +266,3 @@ def test_study_says_blocks_from_0(study: Callable[..., Result], tmp_path: Path) 
     printed = {line.split()[1] for line in result.output.splitlines() if "resid_post" in line}
     rows = list(csv.DictReader((tmp_path / "out/identifiability.csv").open()))
     assert printed and printed <= {row["block"] for row in rows if row["site"] == "resid_post"}
-
-
-def test_settings_hold_every_option_of_the_command() -> None:
-    assert IdentifiabilityStudy.parameters

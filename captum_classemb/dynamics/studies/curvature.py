@@ -41,6 +41,11 @@ _COUNT = click.Option(
 )
 
 
+def _by_batch(eigenvalues: Tensor, count: int) -> Tensor:
+    """Batches × eigenvalues; torchmetrics makes a scalar of a single number."""
+    return eigenvalues.reshape(-1, count)
+
+
 class LossStudy(DynamicsStudy):
     """A study of the training loss: of augmented images, with L2, as the paper insists.
 
@@ -111,13 +116,14 @@ class HessianStudy(LossStudy):
 
     def rows(self) -> list[Row]:
         found = self.spectrum.compute()
-        batches = len(found.eigenvalues)
+        eigenvalues = _by_batch(found.eigenvalues, self.options["count"])
+        batches = len(eigenvalues)
         rows = [
-            self.row("negative_share", found.negative, found.eigenvalues.numel()),
-            self.row("largest_eigenvalue", found.eigenvalues.amax(1).mean(), batches),
+            self.row("negative_share", found.negative, eigenvalues.numel()),
+            self.row("largest_eigenvalue", eigenvalues.amax(1).mean(), batches),
             self.row("trace", found.traces.mean(), batches),
         ]
-        for i, values in enumerate(found.eigenvalues):
+        for i, values in enumerate(eigenvalues):
             rows += [self.row(f"eigenvalue@{i},{k}", v, 1) for k, v in enumerate(values)]
         return rows
 
@@ -252,12 +258,13 @@ class TrajectoryStudy(LossStudy):
         rows = []
         for i, spectrum in enumerate(self.spectra):
             found = spectrum.compute()
-            n = len(found.eigenvalues)
+            eigenvalues = _by_batch(found.eigenvalues, self.options["count"])
+            n = len(eigenvalues)
             rows += [
                 self.row(f"radius@{i}", path.radius[i], 1),
                 self.row(f"angle@{i}", path.angle[i], 1),
-                self.row(f"largest_eigenvalue@{i}", found.eigenvalues.amax(1).mean(), n),
-                self.row(f"negative_share@{i}", found.negative, found.eigenvalues.numel()),
+                self.row(f"largest_eigenvalue@{i}", eigenvalues.amax(1).mean(), n),
+                self.row(f"negative_share@{i}", found.negative, eigenvalues.numel()),
             ]
         return rows
 
