@@ -12,7 +12,7 @@ __all__ = ["side_by_side"]
 Found = Mapping[str, Any]
 
 
-def _obeying(found: Found, values: list[float], kind: str, rises: bool) -> str:
+def _agreeing(found: Found, values: list[float], kind: str, rises: bool) -> str:
     """How many steps of a kind raise, or lower, a value: "3 of 4"."""
     kinds = [step[0] for step in found["steps"]]
     changes = [b - a for a, b, k in zip(values, values[1:], kinds[1:], strict=False) if k == kind]
@@ -56,15 +56,15 @@ ROWS: Mapping[str, Callable[[Found], str]] = {
     "negative among the top 5 (%)": lambda f: f"{100 * f['hessian']['negative']:.0f}",
     "Hessian trace": lambda f: f"{np.mean(f['hessian']['traces']):.0f}",
     "attention lowers high frequencies": (
-        lambda f: _obeying(f, _high(f), "attention", rises=False)
+        lambda f: _agreeing(f, _high(f), "attention", rises=False)
     ),
-    "MLP raises them": lambda f: _obeying(f, _high(f), "mlp", rises=True),
-    "convolution raises them": lambda f: _obeying(f, _high(f), "convolution", rises=True),
+    "MLP raises them": lambda f: _agreeing(f, _high(f), "mlp", rises=True),
+    "convolution raises them": lambda f: _agreeing(f, _high(f), "convolution", rises=True),
     "attention lowers the varying share": (
-        lambda f: _obeying(f, f["varying"], "attention", rises=False)
+        lambda f: _agreeing(f, f["varying"], "attention", rises=False)
     ),
-    "MLP raises it": lambda f: _obeying(f, f["varying"], "mlp", rises=True),
-    "convolution raises it": lambda f: _obeying(f, f["varying"], "convolution", rises=True),
+    "MLP raises it": lambda f: _agreeing(f, f["varying"], "mlp", rises=True),
+    "convolution raises it": lambda f: _agreeing(f, f["varying"], "convolution", rises=True),
 }
 
 

@@ -23,7 +23,7 @@ from timing import environment, interleaved
 from torch import Tensor
 from torchmetrics import Metric
 
-from captum_classemb.dynamics.depth import DepthMetrics, obedience
+from captum_classemb.dynamics.depth import DepthMetrics, sign_agreement
 from captum_classemb.dynamics.fourier import FourierAmplitude
 from captum_classemb.dynamics.variance import FeatureMapVariance, channel_variance
 
@@ -136,10 +136,12 @@ def main(
             "amplitude": [line.tolist() for line in lines],
             "variance": variances,
             "largest_channel": [float(m.largest_channel()) for m in depth[f"variance, {variant}"]],
-            "attention lowers high frequencies": obedience(depth.steps, high, "attention", False),
-            "mlp raises high frequencies": obedience(depth.steps, high, "mlp", True),
-            "attention lowers variance": obedience(depth.steps, variances, "attention", False),
-            "mlp raises variance": obedience(depth.steps, variances, "mlp", True),
+            "attention lowers high frequencies": sign_agreement(
+                depth.steps, high, "attention", False
+            ),
+            "mlp raises high frequencies": sign_agreement(depth.steps, high, "mlp", True),
+            "attention lowers variance": sign_agreement(depth.steps, variances, "attention", False),
+            "mlp raises variance": sign_agreement(depth.steps, variances, "mlp", True),
         }
     output.mkdir(parents=True, exist_ok=True)
     (output / f"fourier_variance_{name}.json").write_text(json.dumps(result, indent=1) + "\n")

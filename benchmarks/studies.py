@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from captum_classemb.data import Preprocess, Sample, StudyDataset, open_dataset
 from captum_classemb.models import demo_vit
-from captum_classemb.runs import RunOptions, Subject, read_rows, run_study, select
+from captum_classemb.runs import RunOptions, StudyConfig, read_rows, run_study, select
 from captum_classemb.runs.batches import Batch, batch_plan, load_batches
 from captum_classemb.studies.identifiability.study import IdentifiabilityStudy
 from captum_classemb.studies.token_reader import target_logits
@@ -109,7 +109,7 @@ class Contest:
         self.model: nn.Module = model
         self.batches = batches
         self.vit = adapt(model)
-        self.study = IdentifiabilityStudy(Subject(model, name))
+        self.study = IdentifiabilityStudy(StudyConfig(model, name))
         self.study.metrics.to(device)
         first = next(batches())
         embedded: Tensor = record(self.vit, first.images, ["embedding"])["embedding"][0]
@@ -346,7 +346,7 @@ def measure(images: int) -> None:
     """Study so many images and print the peak memory of this process."""
     model = demo_vit()
     with tempfile.TemporaryDirectory() as folder:
-        study = IdentifiabilityStudy(Subject(model, "demo_vit"))
+        study = IdentifiabilityStudy(StudyConfig(model, "demo_vit"))
         data = Noise(images, 64, adapt(model).num_classes)
         run_study(study, data, Path(folder) / "out", RunOptions(progress=False))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

@@ -69,7 +69,7 @@ def identifiability_table() -> str:
         image = {"tokens": "image", "group": "all"}
         rate = one(here, metric="class_identifiability_rate", **image).value
         found = one(here, metric="images_with_identifiable_token", **image).value
-        return [str(block + 1), *means, f"{gap:+.3f}", small(p), f"{percent(rate)} %",
+        return [str(block), *means, f"{gap:+.3f}", small(p), f"{percent(rate)} %",
                 f"{percent(found)} %"]  # fmt: skip
 
     return markdown(head, map(line, range(LAST + 1)))
@@ -87,7 +87,7 @@ def change_table() -> str:
             for t in ("cls", "image")
             for _, site in sites
         ]
-        return [str(block + 1), *(f"{value:.3f}" for value in values)]
+        return [str(block), *(f"{value:.3f}" for value in values)]
 
     return markdown(head, map(line, range(LAST + 1)))
 
@@ -105,7 +105,7 @@ def composition_table() -> str:
             for t in ("cls", "image")
             for source in sources
         ]
-        return [str(block + 1), *(f"{value:.3f}" for value in values)]
+        return [str(block), *(f"{value:.3f}" for value in values)]
 
     return markdown(head, map(line, range(6, LAST + 1)))
 
@@ -175,7 +175,7 @@ def memories_table() -> str:
             )
         ]
         name = "attention" if site == "attn_out" else "MLP"
-        return [str(block + 1), name, f"{value:.3f}", f"{random:.3f}", f"{p:.1e}",
+        return [str(block), name, f"{value:.3f}", f"{random:.3f}", f"{p:.1e}",
                 *(f"{rate:.3f}" for rate in rates)]  # fmt: skip
 
     places = [(b, site) for b in (0, 4, 8, 9, 10, 11) for site in ("attn_out", "mlp_out")]

@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 
-__all__ = ["check_up"]
-
 _PACKAGE = "captum-classemb"
 _VERSIONS = (_PACKAGE, "torch", "torchvision", "timm", "captum", "torchmetrics", "numpy")
 _EXTRAS = ("transformers", "studies", "dynamics", "scenes", "docs", "test")

@@ -14,8 +14,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["after", "before", "hooks_removed", "keep_output"]
-
 
 def before(module: nn.Module, hook: Callable[[tuple[Any, ...], Any], Any]) -> RemovableHandle:
     """Call ``hook(args, kwargs)`` before the module; what it returns replaces both."""

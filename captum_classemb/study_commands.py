@@ -14,11 +14,9 @@ import click
 
 if TYPE_CHECKING:
     from captum_classemb.data import StudyDataset
+    from captum_classemb.runs.config import StudyConfig
     from captum_classemb.runs.study import Study
-    from captum_classemb.runs.subject import Subject
     from captum_classemb.runs.tables import Row
-
-__all__ = ["StudyGroup", "study_group"]
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -163,12 +161,12 @@ def run_command(study: type[Study], given: dict[str, Any]) -> None:
     device = local_device(given["device"])
     resolve_device(device)
     loud = is_main_process() and not given["quiet"]
-    data = _dataset(given, study.labelled, say=loud)
-    subject = _subject(given)
-    subject.model.to(device)
+    data = study_dataset(given, study.labelled, say=loud)
+    config = _config(given)
+    config.model.to(device)
     names = [str(parameter.name) for parameter in study.parameters]
     make: Any = study
-    experiment: Study = make(subject, **{name: given[name] for name in names})
+    experiment: Study = make(config, **{name: given[name] for name in names})
     options = RunOptions(
         batch_size=given["batch_size"],
         limit=given["limit"],
@@ -194,11 +192,11 @@ class ImagesRefused(click.ClickException):
     exit_code = 2
 
 
-def _subject(given: dict[str, Any]) -> Subject:
+def _config(given: dict[str, Any]) -> StudyConfig:
     from torch import nn
 
     from captum_classemb.models.load import load_model
-    from captum_classemb.runs.subject import Subject
+    from captum_classemb.runs.config import StudyConfig
 
     def random_model() -> nn.Module:
         return load_model(given["model"], random_init=True, seed=given["seed"] + 1)
@@ -207,7 +205,7 @@ def _subject(given: dict[str, Any]) -> Subject:
         given["model"], given["checkpoint"], random_init=given["random_init"], seed=given["seed"]
     )
     name = f"{given['model']} (random)" if given["random_init"] else given["model"]
-    return Subject(
+    return StudyConfig(
         model,
         name,
         variant=given["variant"],
@@ -217,7 +215,7 @@ def _subject(given: dict[str, Any]) -> Subject:
     )
 
 
-def _dataset(given: dict[str, Any], labelled: bool, *, say: bool) -> StudyDataset:
+def study_dataset(given: dict[str, Any], labelled: bool, *, say: bool) -> StudyDataset:
     """The data, before the weights are loaded: what a model reads is known without them."""
     from captum_classemb.data import (
         Preprocess,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 
-__all__ = ["versions"]
-
 _PACKAGES = ("captum-classemb", "captum", "torch", "timm", "torchmetrics", "numpy", "pillow")
 
 

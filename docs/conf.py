@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import shutil
 from pathlib import Path
 
@@ -35,6 +33,7 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 default_role = "code"
 
+#: What is public: the names in `__all__` of these.
 ROOMS = {
     "attr": "Attributions",
     "attr.baselines": "Attributions to compare with",
@@ -50,26 +49,8 @@ ROOMS = {
     "runs": "Running studies",
     "studies": "Studies",
     "dynamics": "How Vision Transformers work: measurements",
-    "dynamics.tracing": "How Vision Transformers work: tracing any model",
-    "dynamics.figures": "How Vision Transformers work: figures",
-    "dynamics.studies": "How Vision Transformers work: studies",
-    "functional": "Pure mathematics",
     "errors": "Errors",
 }
-
-
-def _modules(room: str) -> list[str]:
-    """What documents the public names of a room: itself, or its modules where it names none."""
-    name = f"captum_classemb.{room}"
-    module = importlib.import_module(name)
-    if hasattr(module, "__all__"):
-        return [name]
-    found = pkgutil.iter_modules(module.__path__)
-    return [
-        f"{name}.{entry.name}"
-        for entry in found
-        if not entry.name.startswith("_") and not entry.ispkg
-    ]
 
 
 def _write_reference() -> None:
@@ -78,11 +59,7 @@ def _write_reference() -> None:
     folder.mkdir()
     for number, (room, title) in enumerate(ROOMS.items()):
         lines = [f"# {title}", "", f"`captum_classemb.{room}`", "", "```{eval-rst}"]
-        for module in _modules(room):
-            if module != f"captum_classemb.{room}":
-                heading = module.rpartition(".")[2]
-                lines += ["", heading, "-" * len(heading)]
-            lines += ["", f".. automodule:: {module}"]
+        lines += ["", f".. automodule:: captum_classemb.{room}"]
         page = folder / f"{number:02}_{room.replace('.', '_')}.md"
         page.write_text("\n".join([*lines, "```", ""]))
 

@@ -11,13 +11,9 @@ from typing import Any
 import numpy as np
 
 from captum_classemb.explain import METHODS
-from captum_classemb.explorer import (
-    Contents,
-    ExplorerPage,
-    LedgerEntries,
-    MethodMaps,
-    quantise,
-)
+from captum_classemb.explorer import ExplorerPage
+from captum_classemb.explorer.contents import Contents, LedgerEntries, MethodMaps
+from captum_classemb.explorer.quantise import quantise
 
 
 def noise(

@@ -13,8 +13,6 @@ from captum_classemb.data.records import Record, check_records, problems_to_erro
 from captum_classemb.data.sample import UNLABELLED
 from captum_classemb.errors import DataError
 
-__all__ = ["is_annotated_folder", "parse_boxes", "read_annotated_folder"]
-
 _ANNOTATIONS = "annotations.json"
 _KEYS = ("file", "label", "boxes", "mask", "frame")
 _ALIKE = 0.8

@@ -12,8 +12,6 @@ from captum_classemb.data.preprocess import Preprocess
 from captum_classemb.data.sample import Sample
 from captum_classemb.errors import DataError
 
-__all__ = ["Cifar100", "is_cifar100"]
-
 
 def is_cifar100(root: Path) -> bool:
     """Whether a folder is, or holds, ``cifar-100-python``."""

@@ -21,15 +21,6 @@ from captum_classemb.data.records import Record, RecordDataset
 from captum_classemb.data.sample import Sample
 from captum_classemb.errors import DataError
 
-__all__ = [
-    "RELEASED",
-    "SEVERITIES",
-    "CorruptedCifar",
-    "is_cifar_c",
-    "is_imagenet_c",
-    "open_imagenet_c",
-]
-
 RELEASED: Final = (
     "gaussian_noise", "shot_noise", "impulse_noise",
     "defocus_blur", "glass_blur", "motion_blur", "zoom_blur",

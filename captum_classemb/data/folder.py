@@ -12,14 +12,6 @@ from captum_classemb.data.records import Record, check_records, problems_to_erro
 from captum_classemb.data.sample import UNLABELLED
 from captum_classemb.errors import DataError
 
-__all__ = [
-    "class_folders",
-    "is_class_folder",
-    "is_image_folder",
-    "read_class_folder",
-    "read_image_folder",
-]
-
 _BOXES = "boxes.json"
 _NOT_CLASSES = ("masks",)
 

@@ -10,8 +10,6 @@ from captum_classemb.data.labels import Labelling, is_wordnet_id
 from captum_classemb.data.records import Record, check_records, problems_to_error
 from captum_classemb.errors import DataError
 
-__all__ = ["is_imagenet_s", "read_imagenet_s"]
-
 _IGNORED = 1000
 # What the list of the release counts.
 _IMAGENET = 1000

@@ -19,21 +19,6 @@ from PIL import Image, UnidentifiedImageError
 from captum_classemb.data.marks import is_marked
 from captum_classemb.errors import DataError
 
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "Photograph",
-    "Source",
-    "as_rgb",
-    "exists",
-    "find_images",
-    "is_image",
-    "printable",
-    "read_image",
-    "read_photograph",
-    "stored_size",
-    "turn",
-]
-
 #: What is taken for an image in a folder. Those of them that Pillow cannot read are refused by
 #: name, so that no photograph is passed over in silence.
 _SUFFIXES = """

@@ -14,16 +14,6 @@ from typing import Any, Literal, Protocol
 
 from captum_classemb.errors import DataError
 
-__all__ = [
-    "Classes",
-    "FolderLabels",
-    "Labelling",
-    "is_wordnet_id",
-    "parse_json",
-    "read_json",
-    "read_labels",
-]
-
 _WORDNET_ID = re.compile(r"n\d{8}", re.ASCII)
 _DIGITS = re.compile(r"\d+", re.ASCII)
 _SHOWN = 3

@@ -29,8 +29,6 @@ from captum_classemb.data.sample import StudyDataset
 from captum_classemb.data.splits import is_scenes, open_scenes
 from captum_classemb.errors import DataError
 
-__all__ = ["LAYOUTS", "Layout", "open_dataset", "recognise_layout"]
-
 
 class Layout(NamedTuple):
     """One way to lay out a dataset: how to recognise it, how to open it, and in words."""

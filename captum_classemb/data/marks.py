@@ -7,8 +7,6 @@ import zipfile
 from pathlib import Path
 from typing import Final
 
-__all__ = ["HTML_MARK", "JSON_MARK", "MARK", "NPZ_MARK", "PNG_MARK", "is_marked"]
-
 MARK: Final = "captum-classemb"
 #: For ``savefig(metadata=…)``: a text chunk, which stands before the pixels.
 PNG_MARK: Final = {"Software": MARK}

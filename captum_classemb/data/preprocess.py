@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from captum_classemb.data.sample import CONTEXT, OBJECT
 from captum_classemb.errors import DataError, InputError
 
-__all__ = ["Box", "Preprocess", "ResizeMode", "boxes_to_mask", "data_config"]
-
 #: x0, y0, x1, y1 in pixels; x1 and y1 are the far edges.
 Box = tuple[float, float, float, float]
 ResizeMode = Literal["crop", "squash"]

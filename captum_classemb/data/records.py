@@ -26,8 +26,6 @@ from captum_classemb.data.preprocess import Box, Preprocess, boxes_to_mask
 from captum_classemb.data.sample import CONTEXT, IGNORED, OBJECT, Sample
 from captum_classemb.errors import DataError
 
-__all__ = ["Record", "RecordDataset", "check_records", "problems_to_error"]
-
 _NAMED = 5
 
 

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from captum_classemb.data.images import Source
 
-__all__ = ["CONTEXT", "IGNORED", "OBJECT", "UNLABELLED", "Sample", "StudyDataset"]
-
 #: Values of a mask.
 CONTEXT: Final = 0
 OBJECT: Final = 1

@@ -16,8 +16,6 @@ from captum_classemb.data.sample import Sample, StudyDataset
 from captum_classemb.data.scenes import SCENE_CLASSES, Scenes, Split
 from captum_classemb.errors import DataError
 
-__all__ = ["SceneSplit", "TrainAndTest", "is_scenes", "open_scenes"]
-
 _NAMES: dict[str, Split] = {
     "scenes": "test",
     "scenes:train": "train",

@@ -16,8 +16,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from captum_classemb.errors import InputError
 
-__all__ = ["AlterNet", "LocalAttention", "attention_blocks", "build_up"]
-
 # Attention blocks by stage in the published models, where the stage is deep enough.
 _PUBLISHED_COUNTS: Final = (0, 1, 3, 2)
 _HEAD_WIDTH: Final = 64

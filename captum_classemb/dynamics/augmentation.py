@@ -8,8 +8,6 @@ from torch.nn.functional import pad
 
 from captum_classemb.errors import InputError
 
-__all__ = ["augment"]
-
 
 def augment(
     images: Tensor, generator: torch.Generator, *, shift: int | None = None, flip: bool = False

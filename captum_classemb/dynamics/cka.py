@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from captum_classemb.dynamics.tracing.steps import Step, find_steps, record_steps
+from captum_classemb.dynamics.tracing.traced_steps import TracedStep, find_steps, record_steps
 from captum_classemb.errors import InputError, NonFiniteError
-
-__all__ = ["MinibatchCKA", "cka", "gram", "unbiased_hsic"]
 
 
 def gram(features: Tensor) -> Tensor:
@@ -125,7 +123,7 @@ class MinibatchCKA(Metric):
 
 def cka(
     model: nn.Module, batches: Iterable[Tensor], other: nn.Module | None = None
-) -> tuple[Tensor, tuple[Step, ...], tuple[Step, ...]]:
+) -> tuple[Tensor, tuple[TracedStep, ...], tuple[TracedStep, ...]]:
     """CKA between all steps of a model, or of two models that see the same images.
 
     Args:
@@ -137,8 +135,8 @@ def cka(
         L×M, the first model's L steps, the second's M steps.
     """
     metric: MinibatchCKA | None = None
-    steps: tuple[Step, ...] = ()
-    others: tuple[Step, ...] = ()
+    steps: tuple[TracedStep, ...] = ()
+    others: tuple[TracedStep, ...] = ()
     for images in batches:
         if metric is None:
             steps = find_steps(model, images)

@@ -16,8 +16,6 @@ from torchvision.transforms.v2 import functional as transforms
 from captum_classemb.data.corrupted import SEVERITIES
 from captum_classemb.errors import InputError
 
-__all__ = ["SUBSET", "corrupt"]
-
 
 def _noise(x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     return x + strength * torch.randn(x.shape, generator=generator).to(x)

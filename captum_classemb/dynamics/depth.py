@@ -8,10 +8,13 @@ from typing import NamedTuple, cast
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from captum_classemb.dynamics.tracing.steps import Step, StepKind, find_steps, watch_steps
+from captum_classemb.dynamics.tracing.traced_steps import (
+    StepKind,
+    TracedStep,
+    find_steps,
+    watch_steps,
+)
 from captum_classemb.errors import InputError
-
-__all__ = ["DepthMetrics", "Obedience", "obedience"]
 
 
 class DepthMetrics(nn.Module):
@@ -26,7 +29,7 @@ class DepthMetrics(nn.Module):
         images: images that the model takes, if the steps should be found at once.
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[TracedStep, ...]
 
     def __init__(
         self,
@@ -77,20 +80,20 @@ class DepthMetrics(nn.Module):
         return self
 
 
-class Obedience(NamedTuple):
+class SignAgreement(NamedTuple):
     """How many steps of a kind change a value in the direction the paper says, of how many."""
 
-    obeying: int
+    agreeing: int
     steps: int
 
 
-def obedience(
-    steps: Sequence[Step], values: Sequence[float], kind: StepKind, rises: bool
-) -> Obedience:
+def sign_agreement(
+    steps: Sequence[TracedStep], values: Sequence[float], kind: StepKind, rises: bool
+) -> SignAgreement:
     """Count the steps of one kind after which a value is higher, or lower, than before.
 
     Args:
-        steps: from :func:`captum_classemb.dynamics.tracing.steps.find_steps`.
+        steps: from :func:`captum_classemb.dynamics.tracing.traced_steps.find_steps`.
         values: one for each step.
         kind: which steps are counted.
         rises: whether the value should rise (MLPs and convolutions) or fall (attention).
@@ -100,4 +103,4 @@ def obedience(
         for before, after, step in zip(values, values[1:], steps[1:], strict=False)
         if step.kind == kind
     ]
-    return Obedience(sum((c > 0) if rises else (c < 0) for c in changes), len(changes))
+    return SignAgreement(sum((c > 0) if rises else (c < 0) for c in changes), len(changes))

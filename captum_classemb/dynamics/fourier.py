@@ -18,17 +18,6 @@ from torchmetrics import Metric
 from captum_classemb.errors import InputError, NonFiniteError
 from captum_classemb.functional.variant import Variant
 
-__all__ = [
-    "FourierAmplitude",
-    "check_finite",
-    "check_maps",
-    "diagonal",
-    "frequencies",
-    "log_amplitude",
-    "radial_mean",
-    "relative",
-]
-
 # Amplitudes are bounded away from zero before the logarithm, as published.
 _FLOOR = 1e-6
 

@@ -17,8 +17,6 @@ from captum_classemb.dynamics.inference import check_labels, logits_of
 from captum_classemb.dynamics.tracing.feature_maps import evaluating
 from captum_classemb.errors import InputError
 
-__all__ = ["FrequencyNoise", "band_edges", "band_noise"]
-
 
 def band_edges(bands: int) -> Tensor:
     """Edges of bands of equal width from 0 to π radians per pixel, bands+1 values."""

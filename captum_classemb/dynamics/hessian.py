@@ -28,16 +28,6 @@ from captum_classemb.dynamics.inference import (
 )
 from captum_classemb.errors import InputError, MissingExtraError
 
-__all__ = [
-    "Curvature",
-    "HessianSpectrum",
-    "density",
-    "negative_share",
-    "spectrum",
-    "top_eigenvalues",
-    "trace",
-]
-
 Curvature = Literal["hessian", "ggn"]
 Floats = NDArray[np.float64]
 
@@ -154,7 +144,7 @@ def top_eigenvalues(
     return torch.from_numpy(np.sort(values)[::-1].copy()) + weight_decay
 
 
-def trace(
+def hessian_trace(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
@@ -238,7 +228,7 @@ class HessianSpectrum(Metric):
         self.eigenvalues.append(values[None])
         self.numbers.append(torch.tensor([turn]))
         if self.vectors:
-            value = trace(model, images, labels, vectors=self.vectors, **shared)
+            value = hessian_trace(model, images, labels, vectors=self.vectors, **shared)
             self.traces.append(torch.tensor([value], dtype=torch.float64))
 
     def compute(self) -> SpectrumSummary:

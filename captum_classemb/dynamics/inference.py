@@ -12,8 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from captum_classemb.dynamics.tracing.feature_maps import evaluating
 from captum_classemb.errors import InputError, NonFiniteError
 
-__all__ = ["check_labels", "finite_loss", "logits_of", "twice_differentiable"]
-
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     """Logits B×C of any model, also of one that wraps them."""

@@ -23,8 +23,6 @@ from captum_classemb.dynamics.tracing.feature_maps import evaluating
 from captum_classemb.errors import InputError, NonFiniteError
 from captum_classemb.functional.variant import Variant
 
-__all__ = ["LossLandscape", "directions", "grid_points", "penalty"]
-
 Direction = dict[str, Tensor]
 
 

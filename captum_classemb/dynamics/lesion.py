@@ -17,11 +17,9 @@ from torchmetrics import Metric
 
 from captum_classemb.dynamics.inference import check_labels, logits_of
 from captum_classemb.dynamics.tracing.feature_maps import evaluating
-from captum_classemb.dynamics.tracing.steps import StepKind, find_steps, record_steps
+from captum_classemb.dynamics.tracing.traced_steps import StepKind, find_steps, record_steps
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.hooks import after, hooks_removed
-
-__all__ = ["Lesion", "LesionAccuracy", "find_lesions", "without"]
 
 
 @dataclass(frozen=True)

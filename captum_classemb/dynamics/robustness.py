@@ -12,8 +12,6 @@ from torchmetrics import Metric
 from captum_classemb.dynamics.inference import check_labels, finite_loss, logits_of
 from captum_classemb.dynamics.tracing.feature_maps import evaluating
 
-__all__ = ["Quality", "Robustness"]
-
 # Bins of confidence of the expected calibration error, as published.
 _BINS = 15
 

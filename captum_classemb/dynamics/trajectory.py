@@ -15,8 +15,6 @@ from torch import Tensor
 
 from captum_classemb.errors import CheckpointError, InputError, NonFiniteError
 
-__all__ = ["Trajectory", "checkpoint_files", "polar_trajectory"]
-
 _SUFFIXES = {".safetensors", ".pt", ".pth"}
 # Statistics of the data that batch norm keeps beside the weights.
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

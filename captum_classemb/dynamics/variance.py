@@ -17,8 +17,6 @@ from captum_classemb.dynamics.fourier import check_finite, check_maps
 from captum_classemb.errors import InputError
 from captum_classemb.functional.variant import Variant
 
-__all__ = ["FeatureMapVariance", "channel_variance", "largest_channel_share", "varying_energy"]
-
 
 def _moments(maps: Tensor) -> tuple[Tensor, Tensor]:
     """Mean over space and mean square about it: B×C each."""

@@ -15,8 +15,6 @@ from captum_classemb.hooks import before, hooks_removed
 from captum_classemb.vit.active_edits import marked
 from captum_classemb.vit.parts import MLP, Attention, ViT
 
-__all__ = ["ablate_heads", "ablate_memories"]
-
 Layer = Literal["attn", "mlp"]
 
 

@@ -24,8 +24,6 @@ from captum_classemb.hooks import after, before, hooks_removed
 from captum_classemb.vit.active_edits import marked
 from captum_classemb.vit.parts import Attention
 
-__all__ = ["AttentionEdit"]
-
 
 class AttentionEdit(TorchFunctionMode):
     """An edit of attention; subclasses override some of the four methods below.

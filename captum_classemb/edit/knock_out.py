@@ -13,8 +13,6 @@ from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.functional.variant import Variant, check_variant
 from captum_classemb.vit.parts import Attention, ViT
 
-__all__ = ["knock_out", "no_cls", "self_only"]
-
 
 @contextmanager
 def knock_out(

@@ -27,8 +27,6 @@ from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.hooks import after, before, hooks_removed
 from captum_classemb.vit.parts import Call, ViT
 
-__all__ = ["remove_tokens"]
-
 
 @contextmanager
 def remove_tokens(vit: ViT, keep: Tensor) -> Iterator[None]:

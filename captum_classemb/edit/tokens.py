@@ -10,16 +10,6 @@ from torch import Tensor
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.vit.parts import Call, ViT
 
-__all__ = [
-    "Kept",
-    "keep_tokens",
-    "kept_tokens",
-    "reads_patches",
-    "refuse_class_attention",
-    "removable_tokens",
-    "run_blocks",
-]
-
 
 class Kept(NamedTuple):
     """Which tokens are left of each image, in the order of the image.

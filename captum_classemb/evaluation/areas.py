@@ -12,8 +12,6 @@ from torch import Tensor
 
 from captum_classemb.errors import InputError, NonFiniteError
 
-__all__ = ["Convention", "area", "gap", "paper_area", "removal_counts", "trapezoid_area"]
-
 Convention = Literal["paper", "trapezoid"]
 
 

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from captum_classemb.errors import InputError, NonFiniteError
 
-__all__ = ["Interval", "bootstrap_mean", "paired_difference"]
-
 _CHUNK = 1 << 22
 """Largest number of drawn values held at once."""
 

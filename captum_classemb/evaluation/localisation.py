@@ -21,8 +21,6 @@ from captum_classemb.evaluation.localisation_scores import (
 )
 from captum_classemb.functional.grid import tile
 
-__all__ = ["BoxLocalisation", "MaskLocalisation"]
-
 
 def _pixels(maps: Tensor, masks: Tensor) -> Tensor:
     """Maps B×H×W from patch scores B×h×w or attributions B×channels×H×W."""

@@ -12,17 +12,6 @@ from torch import Tensor
 
 from captum_classemb.errors import InputError, NonFiniteError
 
-__all__ = [
-    "SegmentationCounts",
-    "average_precision",
-    "energy_inside",
-    "mask_share",
-    "mean_iou",
-    "pixel_accuracy",
-    "pointing_game",
-    "segmentation_counts",
-]
-
 
 def _checked(maps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     if maps.shape != mask.shape or maps.dim() < 2:

@@ -18,8 +18,6 @@ from captum_classemb.evaluation.removal_order import MEASURES, outcomes, patch_s
 from captum_classemb.functional.grid import tile
 from captum_classemb.vit import ViT, adapt, record
 
-__all__ = ["Perturbation", "RemovalCurve", "RemovalCurves", "removal_curves"]
-
 Perturbation = Literal["tokens", "mean", "blur"]
 
 

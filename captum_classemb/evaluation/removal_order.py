@@ -8,8 +8,6 @@ from torch import Tensor
 from captum_classemb.errors import InputError, NonFiniteError
 from captum_classemb.functional.grid import patch_index
 
-__all__ = ["MEASURES", "outcomes", "patch_sums", "removal_order"]
-
 #: What is measured at each point of a removal curve.
 MEASURES = ("accuracy", "probability", "logit")
 

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from captum_classemb.functional.correlation import rank_correlation
 
-__all__ = ["randomisation_check", "randomised"]
-
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
     """A copy of the model whose learnt parameters are shuffled, each within itself.

@@ -22,8 +22,6 @@ from captum_classemb.functional.identifiability import identifiability
 from captum_classemb.readout import Readout
 from captum_classemb.vit import ViT, record
 
-__all__ = ["MEMORY", "METHODS", "PROJECTION", "Explainer", "Explanation", "Method", "PatchMethod"]
-
 Floats = npt.NDArray[np.floating]
 
 TOP = 5

@@ -17,21 +17,14 @@ from captum_classemb.data import Preprocess, read_image
 from captum_classemb.data.images import as_rgb, printable
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.explain.compute import MEMORY, METHODS, PROJECTION, TOP
-from captum_classemb.explorer import (
-    Contents,
-    ExplorerPage,
-    LedgerEntries,
-    MethodMaps,
-    explorer_page,
-    quantise,
-)
+from captum_classemb.explorer import ExplorerPage, explorer_page
+from captum_classemb.explorer.contents import Contents, LedgerEntries, MethodMaps
+from captum_classemb.explorer.quantise import quantise
 from captum_classemb.functional.identifiability import rank
 from captum_classemb.functional.ledger import LogitLedger
 from captum_classemb.models.names import ClassNames, class_names
 from captum_classemb.plot import DIVERGING
 from captum_classemb.vit import ViT, adapt, record
-
-__all__ = ["Explore", "explore"]
 
 Floats = npt.NDArray[np.floating]
 

@@ -9,8 +9,6 @@ from captum_classemb.errors import InputError
 from captum_classemb.explain.explore import Explore
 from captum_classemb.explain.run import Outcome, Run, scores
 
-__all__ = ["write_page"]
-
 
 def write_page(run: Run, *, progress: bool = False) -> Outcome:
     """Explore the one image of a run and write the page that its options name.

@@ -11,8 +11,6 @@ from pathlib import Path
 from captum_classemb.data.marks import is_marked
 from captum_classemb.errors import OutputError
 
-__all__ = ["Protected", "check_writable", "unique_stems", "write_together"]
-
 # Bytes of a name, with room for a number and a suffix in the 255 that file systems take.
 _LONGEST = 240
 

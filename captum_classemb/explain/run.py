@@ -30,8 +30,6 @@ from captum_classemb.plot.explain import MAX_TARGETS, ClassScore, PatchMaps, exp
 from captum_classemb.readout import load_readout
 from captum_classemb.vit import adapt
 
-__all__ = ["Options", "Outcome", "Run"]
-
 _DPI = 160
 _SUFFIXES = (".png", ".npz", ".json")
 _RECORDED = ("captum-classemb", "torch", "captum", "timm", "numpy", "matplotlib", "pillow")

@@ -10,8 +10,6 @@ import numpy.typing as npt
 
 from captum_classemb.explorer.quantise import Quantised
 
-__all__ = ["Contents", "LedgerEntries", "MethodMaps", "lighter"]
-
 Floats = npt.NDArray[np.floating]
 Integers = npt.NDArray[np.integer]
 

@@ -23,8 +23,6 @@ from captum_classemb.data.marks import is_marked
 from captum_classemb.errors import OutputError
 from captum_classemb.explorer.contents import Contents, lighter
 
-__all__ = ["ExplorerPage", "explorer_page"]
-
 _LIBRARIES = ("d3.min.js", "plot.umd.min.js")
 # In the order of their imports.
 _MODULES = ("data", "colors", "numbers", "state", "stage", "patch", "heads", "waterfall", "app")
@@ -94,7 +92,8 @@ def explorer_page(contents: Contents) -> ExplorerPage:
         One block, 2×2 patches behind a CLS token, two classes, and maps of one method without
         heads:
 
-        >>> from captum_classemb.explorer import MethodMaps, quantise
+        >>> from captum_classemb.explorer.contents import MethodMaps
+        >>> from captum_classemb.explorer.quantise import quantise
         >>> parts = np.array([[0.5, 0.1], [0.2, 0.2]]).reshape(1, 1, 1, 2, 2)
         >>> method = MethodMaps(
         ...     key="mine",

@@ -9,8 +9,6 @@ import numpy.typing as npt
 
 from captum_classemb.errors import NonFiniteError
 
-__all__ = ["Quantised", "quantise"]
-
 Floats = npt.NDArray[np.floating]
 
 #: The byte that stands for 0 in maps that hold negative scores.

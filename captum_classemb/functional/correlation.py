@@ -7,8 +7,6 @@ from torch import Tensor
 
 from captum_classemb.errors import InputError, NonFiniteError
 
-__all__ = ["rank_correlation"]
-
 
 def _average_ranks(values: Tensor) -> Tensor:
     """Ranks along the last dimension; equal values share the mean of theirs."""

@@ -5,9 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["patch_index", "spread", "tile"]
-
-
 PatchSize = tuple[int, int]
 
 

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from captum_classemb.errors import NonFiniteError
 
-__all__ = ["all_ranks", "identifiability", "rank"]
-
 
 def _checked(logits: Tensor) -> Tensor:
     if not torch.isfinite(logits).all():

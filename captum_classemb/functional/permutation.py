@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["EXACT_BELOW", "all_signs", "count_hits", "random_signs"]
-
 #: With fewer images than this every assignment of signs is tried.
 EXACT_BELOW = 13
 

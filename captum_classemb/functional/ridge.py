@@ -14,8 +14,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["packed_gram", "packed_size", "ridge", "unpack_gram"]
-
 #: Rows of the Gram matrix that are computed together; what lies above them is left out.
 _PANEL = 128
 

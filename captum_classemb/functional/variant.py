@@ -6,8 +6,6 @@ from typing import Literal
 
 from captum_classemb.errors import InputError
 
-__all__ = ["Variant", "check_variant"]
-
 #: ``"paper"`` is what the published code computes.
 Variant = Literal["corrected", "paper"]
 

@@ -10,15 +10,6 @@ import torch
 from safetensors.torch import load
 from timm.models.vision_transformer import VisionTransformer
 
-__all__ = [
-    "DEMO_CLASSES",
-    "DEMO_SIZE",
-    "build_demo_vit",
-    "demo_image_paths",
-    "demo_mask_paths",
-    "demo_vit",
-]
-
 DEMO_CLASSES: Final = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 )  # fmt: skip

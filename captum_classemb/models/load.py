@@ -17,8 +17,6 @@ from captum_classemb.errors import CheckpointError, InputError
 from captum_classemb.models.demo import build_demo_vit, demo_vit
 from captum_classemb.models.names import DEMO_MODEL, ModelSource, find_model
 
-__all__ = ["load_model", "read_checkpoint", "resolve_device"]
-
 # What training scripts wrap a state dict in, and what their wrappers put before its names.
 _WRAPPERS = ("state_dict", "model")
 _PREFIXES = ("_orig_mod.", "module.", "model.")

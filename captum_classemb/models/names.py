@@ -14,8 +14,6 @@ from torch import nn
 
 from captum_classemb.errors import ModelNameError, TargetError
 
-__all__ = ["DEMO_MODEL", "PAPER_MODELS", "ClassNames", "ModelSource", "class_names", "find_model"]
-
 DEMO_MODEL = "demo_vit"
 
 _SUGGESTED = 6

@@ -15,8 +15,6 @@ from matplotlib.figure import Figure
 from captum_classemb.errors import InputError
 from captum_classemb.plot.maps import bare, color_scale, overlay_map
 
-__all__ = ["ClassScore", "PatchMaps", "explanation_figure"]
-
 Floats = npt.NDArray[np.floating]
 
 MAX_TARGETS = 4

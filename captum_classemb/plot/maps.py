@@ -12,8 +12,6 @@ from torch.nn import functional as F
 
 from captum_classemb.errors import InputError, NonFiniteError
 
-__all__ = ["DIVERGING", "SEQUENTIAL", "bare", "color_scale", "overlay_map", "upsample"]
-
 Floats = npt.NDArray[np.floating]
 
 

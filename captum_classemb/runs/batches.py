@@ -14,8 +14,6 @@ from captum_classemb.data import IGNORED, Sample, StudyDataset
 from captum_classemb.errors import DataError, InputError
 from captum_classemb.runs.sources import FileRead
 
-__all__ = ["Batch", "batch_plan", "chosen_images", "load_batches"]
-
 
 @dataclass(frozen=True)
 class Batch:

@@ -10,8 +10,6 @@ from torchmetrics import Metric
 
 from captum_classemb.runs.processes import all_gather, get_world_size
 
-__all__ = ["add_up"]
-
 
 def add_up(metrics: nn.Module) -> None:
     """Give every process the sums of all, in the order of their ranks.

@@ -14,18 +14,6 @@ from torch import Tensor
 
 from captum_classemb.errors import ClassEmbError
 
-__all__ = [
-    "all_gather",
-    "all_reduce",
-    "barrier",
-    "get_rank",
-    "get_world_size",
-    "init_process_group",
-    "is_main_process",
-    "local_device",
-    "on_main_process",
-]
-
 T = TypeVar("T")
 
 #: The slowest process may come this much later than the fastest.

@@ -23,10 +23,10 @@ from torch.distributed import ReduceOp
 from torchmetrics import Metric
 from tqdm import tqdm
 
+from captum_classemb.atomic_file import write_atomically
 from captum_classemb.data import StudyDataset
 from captum_classemb.data.marks import PNG_MARK
 from captum_classemb.errors import DataError, OutputError
-from captum_classemb.files import write_atomically
 from captum_classemb.runs.batches import batch_plan, chosen_images, load_batches
 from captum_classemb.runs.merge import add_up
 from captum_classemb.runs.processes import (
@@ -51,8 +51,6 @@ from captum_classemb.runs.sources import ReadFiles, write_files
 from captum_classemb.runs.storage import Checkpoint, Checkpoints, exclusive
 from captum_classemb.runs.study import Study
 from captum_classemb.runs.tables import Row, read_rows, write_rows
-
-__all__ = ["RunOptions", "StudyResult", "run_study"]
 
 _CHECKPOINTS = "checkpoints"
 _DPI = 200

@@ -11,22 +11,11 @@ from typing import Any
 
 import torch
 
+from captum_classemb.atomic_file import write_atomically
 from captum_classemb.data import StudyDataset
 from captum_classemb.data.marks import JSON_MARK
 from captum_classemb.errors import ClassEmbWarning, OutputError
-from captum_classemb.files import write_atomically
 from captum_classemb.versions import versions
-
-__all__ = [
-    "RUN",
-    "check_same",
-    "describe_data",
-    "environment",
-    "open_folder",
-    "plain",
-    "read_run",
-    "write_json",
-]
 
 RUN = "run.json"
 

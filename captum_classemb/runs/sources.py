@@ -11,11 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from captum_classemb.atomic_file import write_atomically
 from captum_classemb.data.images import Source
 from captum_classemb.errors import OutputError
-from captum_classemb.files import write_atomically
-
-__all__ = ["FileRead", "ReadFiles", "write_files"]
 
 FILES = "files.csv"
 

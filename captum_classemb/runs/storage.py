@@ -14,10 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from captum_classemb.atomic_file import write_atomically
 from captum_classemb.errors import ClassEmbWarning, OutputError
-from captum_classemb.files import write_atomically
-
-__all__ = ["Checkpoint", "Checkpoints", "exclusive"]
 
 _GENERATIONS = 2
 #: Of the SHA-256 that a file begins with, in hexadecimal digits.

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from captum_classemb.data import StudyDataset
 
-__all__ = ["Study"]
-
 
 class Study(ABC):
     """One experiment.

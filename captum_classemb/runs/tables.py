@@ -8,9 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from captum_classemb.files import write_atomically
-
-__all__ = ["Row", "read_rows", "select", "write_rows"]
+from captum_classemb.atomic_file import write_atomically
 
 
 class Row(NamedTuple):

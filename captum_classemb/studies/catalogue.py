@@ -7,9 +7,8 @@ import pkgutil
 from types import ModuleType
 
 from captum_classemb import dynamics, studies
-from captum_classemb.runs import Study, registered_studies
-
-__all__ = ["all_studies"]
+from captum_classemb.runs import Study
+from captum_classemb.runs.registry import registered_studies
 
 
 def _import_modules(package: ModuleType) -> None:

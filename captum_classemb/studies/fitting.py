@@ -23,8 +23,6 @@ from captum_classemb.studies.linear_probing.metric import (
 )
 from captum_classemb.vit import Recording, ViT, adapt, record
 
-__all__ = ["FITTED_SITES", "fit_linear_probe", "fit_logistic_probe", "fit_tuned_lens"]
-
 #: What readouts are fitted to unless other sites are named.
 FITTED_SITES = ("resid_post", "attn_out", "mlp_out")
 

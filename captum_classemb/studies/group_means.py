@@ -17,8 +17,6 @@ from captum_classemb.functional.permutation import (
 )
 from captum_classemb.studies.token_groups import GROUPS
 
-__all__ = ["ClassContextDifference", "Difference", "GroupedMean", "Means", "group_sums"]
-
 
 def group_sums(values: Tensor, members: Tensor) -> Tensor:
     """Sum the values of each group's tokens.

@@ -13,16 +13,14 @@ from captum_classemb.errors import InputError
 from captum_classemb.functional.variant import Variant, check_variant
 from captum_classemb.readout import Readout
 from captum_classemb.runs.batches import Batch
+from captum_classemb.runs.config import StudyConfig
 from captum_classemb.runs.study import Study
-from captum_classemb.runs.subject import Subject
 from captum_classemb.runs.tables import Row
 from captum_classemb.studies.group_means import ClassContextDifference, Means
 from captum_classemb.studies.identifiability.metric import Identifiability
 from captum_classemb.studies.token_groups import GROUPS, membership
 from captum_classemb.studies.token_reader import TokenReader
 from captum_classemb.vit import ViT, adapt
-
-__all__ = ["ModelStudy"]
 
 #: (block, site) of each row of a metric.
 Places = Sequence[tuple[int, str]]
@@ -32,26 +30,26 @@ class ModelStudy(Study):
     """A study of one model: adapts it, groups its tokens, and makes its rows.
 
     Args:
-        subject: the model and how it is studied.
+        config: the model and how it is studied.
 
     Raises:
         UnsupportedModelError: if the library cannot read the model.
         InputError: for an unknown variant, or a readout that is none.
     """
 
-    def __init__(self, subject: Subject) -> None:
-        check_variant(subject.variant)
-        self.subject = subject
-        self.vit: ViT = adapt(subject.model)
-        readout = subject.readout or self.vit.readout
+    def __init__(self, config: StudyConfig) -> None:
+        check_variant(config.variant)
+        self.config = config
+        self.vit: ViT = adapt(config.model)
+        readout = config.readout or self.vit.readout
         if not isinstance(readout, Readout):
-            raise InputError(f"the subject's readout is a {type(readout).__name__}, no Readout.")
+            raise InputError(f"a {type(readout).__name__} is no readout to study with.")
         self.readout = readout
-        self.variant: Variant = subject.variant
+        self.variant: Variant = config.variant
         self._readers: dict[int, TokenReader] = {}
 
     def settings(self) -> dict[str, Any]:
-        return {**self.subject.settings(), "readout": type(self.readout).__name__}
+        return {**self.config.settings(), "readout": type(self.readout).__name__}
 
     def reader(self, block: int, site: str) -> TokenReader:
         """Reads the tokens of a site; one for all sites that share a readout."""
@@ -82,7 +80,7 @@ class ModelStudy(Study):
         """One row of a table."""
         block, site = place
         return Row(
-            self.name, self.subject.name, block, site, tokens, group, self.variant, metric,
+            self.name, self.config.name, block, site, tokens, group, self.variant, metric,
             float(value), int(n),
         )  # fmt: skip
 

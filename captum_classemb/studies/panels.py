@@ -12,19 +12,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = [
-    "COLOURS",
-    "SITE_NAMES",
-    "TOKEN_SERIES",
-    "Panel",
-    "Series",
-    "by_block",
-    "lines",
-    "new_figure",
-    "shared_legend",
-    "up_to_highest",
-]
-
 #: Of cividis and viridis: told apart in grey and by colour-blind readers.
 COLOURS = {"cls": "#440154", "image": "#2a788e", "class": "#22a884", "context": "#b8a22f"}
 SITE_NAMES = {"resid_post": "after block", "attn_out": "attention", "mlp_out": "MLP"}
@@ -108,7 +95,7 @@ def lines(
         chosen = sorted(select(rows, **one.rows), key=lambda row: row.block)
         if not chosen:
             continue
-        blocks = [row.block + 1 for row in chosen]
+        blocks = [row.block for row in chosen]
         drawn.update(blocks)
         axis.plot(
             blocks, [row.value for row in chosen], one.style, color=one.colour, label=one.label,

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from captum_classemb.edit.tokens import refuse_class_attention
-from captum_classemb.runs.subject import Subject
+from captum_classemb.runs.config import StudyConfig
 from captum_classemb.runs.tables import Row, select
 from captum_classemb.studies.identifiability.metric import Accuracy, ClassIdentifiability
 from captum_classemb.studies.model_study import ModelStudy
 from captum_classemb.vit import Recording
-
-__all__ = ["UNPERTURBED", "PerturbationStudy"]
 
 UNPERTURBED = "unperturbed"
 
@@ -26,15 +24,15 @@ class PerturbationStudy(ModelStudy):
     Metrics are called ``CONDITION/METRIC`` in tables.
 
     Args:
-        subject: the model and how it is studied.
+        config: the model and how it is studied.
         conditions: their names, the unperturbed one first.
 
     Raises:
         UnsupportedModelError: for a model with class attention.
     """
 
-    def __init__(self, subject: Subject, conditions: Sequence[str]) -> None:
-        super().__init__(subject)
+    def __init__(self, config: StudyConfig, conditions: Sequence[str]) -> None:
+        super().__init__(config)
         refuse_class_attention(self.vit)
         self.conditions = tuple(conditions)
         self.depth = len(self.vit.blocks)

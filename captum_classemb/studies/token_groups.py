@@ -8,8 +8,6 @@ from torch import Tensor
 from captum_classemb.data import CONTEXT, OBJECT
 from captum_classemb.errors import InputError
 
-__all__ = ["GROUPS", "membership"]
-
 #: (tokens, group) in the order in which metrics give their numbers.
 GROUPS = (("cls", "all"), ("image", "all"), ("image", "class"), ("image", "context"))
 

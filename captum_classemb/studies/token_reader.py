@@ -12,8 +12,6 @@ from torch.nn import functional as F
 from captum_classemb.errors import NonFiniteError
 from captum_classemb.readout import ClassEmbedding, Norm, Readout
 
-__all__ = ["TokenReader", "TokenScores", "target_logits", "token_scores"]
-
 
 class TokenScores(NamedTuple):
     """What is kept of the logits of each token.

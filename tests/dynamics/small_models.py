@@ -21,7 +21,7 @@ from captum_classemb.dynamics.studies.curvature import (
 )
 from captum_classemb.dynamics.studies.fourier_and_variance import FourierStudy, VarianceStudy
 from captum_classemb.dynamics.studies.response import CKAStudy, FrequencyNoiseStudy, LesionStudy
-from captum_classemb.runs import RunOptions, Study, Subject, run_study
+from captum_classemb.runs import RunOptions, Study, StudyConfig, run_study
 
 IMAGES, SIDE, CLASSES = 10, 32, 4
 OPTIONS = RunOptions(batch_size=5, progress=False)
@@ -87,16 +87,16 @@ def save_checkpoints(model: nn.Module, folder: Path, scales: tuple[float, ...]) 
 
 def every_study(model: nn.Module, checkpoints: Path) -> Iterator[Callable[[], Study]]:
     """What makes each of the studies, small."""
-    subject = Subject(model, "small")
-    yield lambda: FourierStudy(subject)
-    yield lambda: VarianceStudy(subject)
-    yield lambda: HessianStudy(subject, eigenvalues=2)
-    yield lambda: LossLandscapeStudy(subject, points=3)
-    yield lambda: TrajectoryStudy(subject, checkpoints, eigenvalues=1)
-    yield lambda: FrequencyNoiseStudy(subject, bands=3)
-    yield lambda: RobustnessStudy(subject)
-    yield lambda: LesionStudy(subject)
-    yield lambda: CKAStudy(subject)
+    config = StudyConfig(model, "small")
+    yield lambda: FourierStudy(config)
+    yield lambda: VarianceStudy(config)
+    yield lambda: HessianStudy(config, eigenvalues=2)
+    yield lambda: LossLandscapeStudy(config, points=3)
+    yield lambda: TrajectoryStudy(config, checkpoints, eigenvalues=1)
+    yield lambda: FrequencyNoiseStudy(config, bands=3)
+    yield lambda: RobustnessStudy(config)
+    yield lambda: LesionStudy(config)
+    yield lambda: CKAStudy(config)
 
 
 if __name__ == "__main__":

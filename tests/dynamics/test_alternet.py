@@ -12,7 +12,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from captum_classemb.dynamics.alternet import AlterNet, LocalAttention, attention_blocks, build_up
-from captum_classemb.dynamics.tracing.steps import find_steps
+from captum_classemb.dynamics.tracing.traced_steps import find_steps
 from captum_classemb.errors import InputError
 
 DEPTHS = {

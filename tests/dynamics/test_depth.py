@@ -6,9 +6,9 @@ import pytest
 import timm
 import torch
 
-from captum_classemb.dynamics.depth import DepthMetrics, Obedience, obedience
+from captum_classemb.dynamics.depth import DepthMetrics, SignAgreement, sign_agreement
 from captum_classemb.dynamics.fourier import FourierAmplitude
-from captum_classemb.dynamics.tracing.steps import Step, find_steps, record_steps
+from captum_classemb.dynamics.tracing.traced_steps import TracedStep, find_steps, record_steps
 from captum_classemb.dynamics.variance import FeatureMapVariance
 from captum_classemb.errors import InputError
 
@@ -35,10 +35,10 @@ def test_one_pass_feeds_all() -> None:
     assert not any("conv" in name for name, _ in depth.named_modules())
 
 
-def test_obedience() -> None:
+def test_sign_agreement() -> None:
     kinds = ("embedding", "attention", "mlp", "attention", "mlp")
-    steps = [Step(k, k, 0, "", "output") for k in kinds]  # type: ignore[arg-type]
+    steps = [TracedStep(k, k, 0, "", "output") for k in kinds]  # type: ignore[arg-type]
     values = [3.0, 2.0, 2.5, 2.6, 2.0]
-    assert obedience(steps, values, "attention", rises=False) == Obedience(1, 2)
-    assert obedience(steps, values, "mlp", rises=True) == Obedience(1, 2)
-    assert obedience(steps, values, "convolution", rises=True) == Obedience(0, 0)
+    assert sign_agreement(steps, values, "attention", rises=False) == SignAgreement(1, 2)
+    assert sign_agreement(steps, values, "mlp", rises=True) == SignAgreement(1, 2)
+    assert sign_agreement(steps, values, "convolution", rises=True) == SignAgreement(0, 0)

@@ -49,7 +49,7 @@ def test_lesions_stand_at_their_blocks() -> None:
     dynamics.lesion_bars(a, ["attention", "mlp"] * 2, [0, 0, 1, 1], [0.1, 0.2, 0.3, 0.4], 0.9)
     bars = sorted((p.get_x() + p.get_width() / 2, p.get_height()) for p in a.patches)
     assert [h for _, h in bars] == pytest.approx([10, 20, 30, 40])
-    assert [round(x) for x, _ in bars] == [1, 1, 2, 2]
+    assert [round(x) for x, _ in bars] == [0, 0, 1, 1]
     assert a.lines[0].get_ydata()[0] == pytest.approx(90)
 
 

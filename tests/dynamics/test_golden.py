@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from captum_classemb.dynamics.fourier import FourierAmplitude
-from captum_classemb.dynamics.tracing.steps import find_steps, record_steps
+from captum_classemb.dynamics.tracing.traced_steps import find_steps, record_steps
 from captum_classemb.dynamics.variance import FeatureMapVariance
 
 

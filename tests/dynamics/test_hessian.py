@@ -12,10 +12,10 @@ from torch.nn.functional import cross_entropy
 
 from captum_classemb.dynamics.hessian import (
     density,
+    hessian_trace,
     negative_share,
     spectrum,
     top_eigenvalues,
-    trace,
 )
 from captum_classemb.errors import InputError, NonFiniteError
 
@@ -80,7 +80,7 @@ def test_top_eigenvalues_and_trace_equal_the_dense_hessian(make: object, size: i
     off = dense - dense.diagonal().diag()
     vectors = 64
     deviation = float((2 * off.square().sum() / vectors).sqrt())
-    estimate = trace(model, images, labels, vectors=vectors)
+    estimate = hessian_trace(model, images, labels, vectors=vectors)
     assert abs(estimate - float(exact.sum())) < 4 * deviation
 
 
@@ -90,7 +90,9 @@ def test_weight_decay_shifts_the_spectrum() -> None:
     decayed = top_eigenvalues(model, images, labels, 3, weight_decay=0.5, tolerance=1e-8)
     torch.testing.assert_close(decayed, plain + 0.5)
     size = sum(p.numel() for p in model.parameters())
-    difference = trace(model, images, labels, weight_decay=0.5) - trace(model, images, labels)
+    difference = hessian_trace(model, images, labels, weight_decay=0.5) - hessian_trace(
+        model, images, labels
+    )
     assert difference == pytest.approx(0.5 * size)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classemb.dynamics.tracing.feature_maps import as_feature_map
-from captum_classemb.dynamics.tracing.steps import find_steps, record_steps
+from captum_classemb.dynamics.tracing.traced_steps import find_steps, record_steps
 from captum_classemb.errors import InputError, UnsupportedModelError
 
 

@@ -21,8 +21,8 @@ from captum_classemb.dynamics.fourier import FourierAmplitude
 from captum_classemb.dynamics.hessian import top_eigenvalues
 from captum_classemb.dynamics.studies.curvature import HessianStudy, TrajectoryStudy
 from captum_classemb.dynamics.studies.fourier_and_variance import FourierStudy
-from captum_classemb.dynamics.tracing.steps import find_steps, record_steps
-from captum_classemb.runs import Subject, read_rows, run_study, select
+from captum_classemb.dynamics.tracing.traced_steps import find_steps, record_steps
+from captum_classemb.runs import StudyConfig, read_rows, run_study, select
 from captum_classemb.studies import all_studies
 
 
@@ -47,7 +47,7 @@ def test_every_study_runs_on_vits_and_cnns(make: object, tmp_path: Path) -> None
 
 def test_fourier_table_is_the_metric() -> None:
     model = vit()
-    study = FourierStudy(Subject(model, "small", variant="paper"))
+    study = FourierStudy(StudyConfig(model, "small", variant="paper"))
     images, _ = whole()
     steps = find_steps(model, images)
     metric = FourierAmplitude("paper")
@@ -61,7 +61,7 @@ def test_fourier_table_is_the_metric() -> None:
 
 def test_hessian_table_is_by_batch(tmp_path: Path) -> None:
     model = vit()
-    study = HessianStudy(Subject(model, "small"), eigenvalues=2, augment="none")
+    study = HessianStudy(StudyConfig(model, "small"), eigenvalues=2, augment="none")
     result = run_study(study, Noise(), tmp_path, OPTIONS, torch.device("cpu"))
     images, labels = whole()
     expected = top_eigenvalues(model, images[5:], labels[5:], 2, weight_decay=1e-4)
@@ -74,7 +74,7 @@ def test_trajectory_on_a_line(tmp_path: Path) -> None:
     model = vit()
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     save_checkpoints(model, tmp_path, (3.0, 2.0, 1.0))
-    study = TrajectoryStudy(Subject(model, "small"), tmp_path, eigenvalues=1)
+    study = TrajectoryStudy(StudyConfig(model, "small"), tmp_path, eigenvalues=1)
     result = run_study(study, Noise(), tmp_path / "out", OPTIONS, torch.device("cpu"))
     radii = [r.value for r in result.tables["trajectory"] if r.metric.startswith("radius")]
     assert radii == pytest.approx([1.0, 0.5, 0.0], abs=1e-6)

@@ -22,7 +22,7 @@ from captum_classemb.data import Preprocess, data_config, open_dataset
 from captum_classemb.dynamics.robustness import Robustness
 from captum_classemb.dynamics.studies.dynamics_study import OtherModel
 from captum_classemb.models import demo_vit
-from captum_classemb.runs import Row, RunOptions, Study, Subject, read_rows, run_study, select
+from captum_classemb.runs import Row, RunOptions, Study, StudyConfig, read_rows, run_study, select
 
 QUIET = RunOptions(batch_size=4, checkpoint_every=4, progress=False)
 
@@ -119,7 +119,7 @@ def test_another_model_gets_the_pixels_that_the_first_one_sees() -> None:
     first = torch.nn.Conv2d(3, 1, 1)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     first.pretrained_cfg = {"input_size": (3, 64, 64), "mean": mean, "std": std}
-    other = OtherModel(Subject(first, "first"), "demo_vit")
+    other = OtherModel(StudyConfig(first, "first"), "demo_vit")
     pixels = torch.rand(2, 3, 64, 64)
     seen = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     with torch.no_grad():

@@ -11,7 +11,8 @@ import pytest
 from pages import noise, unpacked
 
 from captum_classemb.errors import NonFiniteError, OutputError
-from captum_classemb.explorer import explorer_page, quantise
+from captum_classemb.explorer import explorer_page
+from captum_classemb.explorer.quantise import quantise
 
 
 @pytest.mark.parametrize("signed", [False, True])

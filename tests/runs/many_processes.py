@@ -12,7 +12,7 @@ import torch
 
 from captum_classemb.data import Preprocess, TrainAndTest, open_dataset
 from captum_classemb.models import class_names, demo_vit
-from captum_classemb.runs import RunOptions, Subject, run_study
+from captum_classemb.runs import RunOptions, StudyConfig, run_study
 from captum_classemb.studies.catalogue import all_studies
 
 #: What a study needs beside its defaults; small, so that all of them take little time.
@@ -31,7 +31,7 @@ def main(output: Path, checkpoints: Path) -> None:
     torch.manual_seed(0)
     model = demo_vit()
     for name, study in all_studies().items():
-        subject = Subject(model, "demo_vit", random_model=demo_vit)
+        subject = StudyConfig(model, "demo_vit", random_model=demo_vit)
         options = dict(OPTIONS.get(name, {}))
         if name == "trajectory":
             options["checkpoints"] = checkpoints

@@ -24,7 +24,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     (folder / "checkpoints").mkdir()
     for epoch in range(2):
-        save_file(demo_vit().state_dict(), folder / f"checkpoints/epoch{epoch}.safetensors")
+        state = {name: value * (2 - epoch) for name, value in demo_vit().state_dict().items()}
+        save_file(state, folder / f"checkpoints/epoch{epoch}.safetensors")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for run, start in (("one", []), ("two", launcher)):

@@ -13,8 +13,8 @@ import pytest
 import torch
 from runs.toy import IMAGES, Toy, ToyData
 
+from captum_classemb.atomic_file import write_atomically
 from captum_classemb.errors import DataError, InputError, OutputError
-from captum_classemb.files import write_atomically
 from captum_classemb.runs import RunOptions, read_rows, run_study
 from captum_classemb.runs.batches import batch_plan, chosen_images
 from captum_classemb.runs.storage import Checkpoint, Checkpoints

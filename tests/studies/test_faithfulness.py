@@ -24,7 +24,7 @@ from captum_classemb.readout import (
     load_readout,
     save_readout,
 )
-from captum_classemb.runs import RunOptions, Subject, run_study, select
+from captum_classemb.runs import RunOptions, StudyConfig, run_study, select
 from captum_classemb.studies import all_studies
 from captum_classemb.studies.faithfulness.study import FaithfulnessStudy
 from captum_classemb.studies.linear_probing.study import LinearProbingStudy
@@ -114,8 +114,8 @@ def summed_identifiability(probe: LinearProbe) -> Tensor:
 
 def test_the_study_is_known_and_measures_what_the_metrics_measure(tmp_path: Path) -> None:
     assert all_studies()["faithfulness"] is FaithfulnessStudy
-    subject = Subject(model(), "small")
-    study = FaithfulnessStudy(subject, ["chefer", "rollout"], steps=4)
+    config = StudyConfig(model(), "small")
+    study = FaithfulnessStudy(config, ["chefer", "rollout"], steps=4)
     options = RunOptions(batch_size=4, progress=False)
     result = run_study(study, Boxes(), tmp_path, options)
     samples = [Boxes()[i] for i in range(IMAGES)]
@@ -140,9 +140,9 @@ def test_the_study_is_known_and_measures_what_the_metrics_measure(tmp_path: Path
 
 
 def test_the_papers_variant_gives_published_areas(tmp_path: Path) -> None:
-    subject = Subject(model(), "small", variant="paper")
+    config = StudyConfig(model(), "small", variant="paper")
     options = RunOptions(batch_size=3, progress=False)
-    study = FaithfulnessStudy(subject, ["chefer"], steps=16)
+    study = FaithfulnessStudy(config, ["chefer"], steps=16)
     rows = run_study(study, Boxes(), tmp_path, options).tables["areas"]
     names = {row.metric for row in rows}
     assert "chefer/accuracy/negative" in names and "chefer/accuracy/gap" not in names
@@ -150,7 +150,7 @@ def test_the_papers_variant_gives_published_areas(tmp_path: Path) -> None:
 
 def test_an_unknown_method_is_refused() -> None:
     with pytest.raises(InputError, match="'smoothgrad' is none of"):
-        FaithfulnessStudy(Subject(model(), "small"), ["smoothgrad"])
+        FaithfulnessStudy(StudyConfig(model(), "small"), ["smoothgrad"])
 
 
 @pytest.mark.parametrize("positions", [None, TOKENS])
@@ -158,7 +158,7 @@ def test_probes_order_patches_by_the_class_they_read(tmp_path: Path, positions: 
     probe = probes(positions=positions)
     save_readout(probe, tmp_path / "probe")
     study = FaithfulnessStudy(
-        Subject(model(), "small"), ["linear-probe", "rollout"], 4, probe=tmp_path / "probe"
+        StudyConfig(model(), "small"), ["linear-probe", "rollout"], 4, probe=tmp_path / "probe"
     )
     result = run_study(study, Boxes(), tmp_path / "out", OPTIONS)
     metric = RemovalCurve(model(), steps=4)
@@ -176,10 +176,10 @@ def test_probes_order_patches_by_the_class_they_read(tmp_path: Path, positions: 
 
 
 def test_the_file_that_linear_probing_writes_is_read(tmp_path: Path) -> None:
-    fitted = Subject(model(), "small", output=tmp_path / "fitted")
+    fitted = StudyConfig(model(), "small", output=tmp_path / "fitted")
     run_study(LinearProbingStudy(fitted, save_probes=True), Boxes(), tmp_path / "fitted", OPTIONS)
     file = tmp_path / "fitted" / "probes.safetensors"
-    study = FaithfulnessStudy(Subject(model(), "small"), ["linear-probe"], 4, probe=str(file))
+    study = FaithfulnessStudy(StudyConfig(model(), "small"), ["linear-probe"], 4, probe=str(file))
     rows = run_study(study, Boxes(), tmp_path / "out", OPTIONS).tables["areas"]
     saved = load_readout(file, adapt(model()).readout)
     assert isinstance(saved, LinearProbe)
@@ -204,8 +204,8 @@ def test_a_run_is_resumed_with_the_same_probes_alone(tmp_path: Path) -> None:
     resume = RunOptions(batch_size=4, progress=False, resume=True)
 
     def study(file: str) -> FaithfulnessStudy:
-        subject = Subject(model(), "small")
-        return FaithfulnessStudy(subject, ["linear-probe"], 4, probe=tmp_path / file)
+        config = StudyConfig(model(), "small")
+        return FaithfulnessStudy(config, ["linear-probe"], 4, probe=tmp_path / file)
 
     first = run_study(study("first"), Boxes(), tmp_path / "out", OPTIONS)
     digest = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["probe"]
@@ -217,7 +217,7 @@ def test_a_run_is_resumed_with_the_same_probes_alone(tmp_path: Path) -> None:
 
 
 def test_a_run_without_probes_has_none_in_its_settings() -> None:
-    assert FaithfulnessStudy(Subject(model(), "small"), ["rollout"]).settings()["probe"] is None
+    assert FaithfulnessStudy(StudyConfig(model(), "small"), ["rollout"]).settings()["probe"] is None
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_probes_of_another_model_are_refused(
 ) -> None:
     save_readout(probes(**sizes), tmp_path / "probe")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=message):
-        FaithfulnessStudy(Subject(model(), "small"), ["linear-probe"], probe=tmp_path / "probe")
+        FaithfulnessStudy(StudyConfig(model(), "small"), ["linear-probe"], probe=tmp_path / "probe")
 
 
 @pytest.mark.parametrize("positions", [3, TOKENS + 4])
@@ -244,14 +244,16 @@ def test_probes_of_other_positions_are_refused_before_anything_is_written(
     tmp_path: Path, positions: int
 ) -> None:
     save_readout(probes(positions=positions), tmp_path / "probe")
-    study = FaithfulnessStudy(Subject(model(), "small"), ["linear-probe"], probe=tmp_path / "probe")
+    study = FaithfulnessStudy(
+        StudyConfig(model(), "small"), ["linear-probe"], probe=tmp_path / "probe"
+    )
     with pytest.raises(InputError, match=f"at {positions} positions.* an image has 17 tokens"):
         run_study(study, Boxes(), tmp_path / "out", OPTIONS)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_file_without_probes_is_refused(tmp_path: Path) -> None:
-    subject = Subject(model(), "small")
+    config = StudyConfig(model(), "small")
     identity = {(block, "resid_post"): Translator.identity(WIDTH) for block in range(DEPTH)}
     save_readout(TunedLens(adapt(model()).readout, identity), tmp_path / "lens")
     (tmp_path / "text").write_text("no tensors")
@@ -261,9 +263,9 @@ def test_a_file_without_probes_is_refused(tmp_path: Path) -> None:
         ("nothing", CheckpointError, "nothing cannot be read"),
     ):
         with pytest.raises(error, match=message):
-            FaithfulnessStudy(subject, ["linear-probe"], probe=tmp_path / name)
+            FaithfulnessStudy(config, ["linear-probe"], probe=tmp_path / name)
     with pytest.raises(InputError, match="no method that was chosen: add linear-probe"):
-        FaithfulnessStudy(subject, ["rollout"], probe=tmp_path / "lens")
+        FaithfulnessStudy(config, ["rollout"], probe=tmp_path / "lens")
 
 
 def test_the_command_line_says_what_is_missing(tmp_path: Path) -> None:

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from captum_classemb.data import Sample, TrainAndTest
 from captum_classemb.errors import DataError, InputError
-from captum_classemb.models import demo_vit
 from captum_classemb.readout import LinearProbe, load_readout
-from captum_classemb.runs import Row, RunOptions, Subject, read_rows, run_study, select
+from captum_classemb.runs import Row, RunOptions, StudyConfig, read_rows, run_study, select
 from captum_classemb.studies import fit_linear_probe
 from captum_classemb.studies.linear_probing.study import LinearProbingStudy
-from captum_classemb.study_commands import _dataset, study_group
+from captum_classemb.study_commands import study_dataset, study_group
 from captum_classemb.vit import adapt, record
 
 linear_model = pytest.importorskip("sklearn.linear_model")
@@ -54,8 +53,8 @@ class Drawn:
         return f"{self.labels}-{self.seed}"
 
 
-def subject(name: str = "cls", **changes: object) -> Subject:
-    return Subject(build(name, torch.float32), "small", **changes)  # type: ignore[arg-type]
+def config(name: str = "cls", **changes: object) -> StudyConfig:
+    return StudyConfig(build(name, torch.float32), "small", **changes)  # type: ignore[arg-type]
 
 
 def features(data: Drawn, site: str, block: int, normed: bool = True) -> Tensor:
@@ -90,7 +89,7 @@ def test_without_a_training_set_each_fold_is_read_by_the_probe_of_the_others(
     tmp_path: Path, variant: str
 ) -> None:
     data = Drawn(LABELS)
-    study = LinearProbingStudy(subject(variant=variant))
+    study = LinearProbingStudy(config(variant=variant))
     rows = run(study, data, tmp_path / "out")
     labels = torch.tensor(LABELS)
     kept = [i for i in range(len(LABELS)) if LABELS[i] != 3]
@@ -137,7 +136,7 @@ def whole(data: Drawn) -> Tensor:
 def test_with_a_training_set_the_test_set_is_read(tmp_path: Path) -> None:
     """Its images come first; classes that only it has are left out."""
     test, train = Drawn([5, 0, 2, 1, 5], seed=1), Drawn(LABELS)
-    study = LinearProbingStudy(subject())
+    study = LinearProbingStudy(config())
     rows = run(study, TrainAndTest(test, train), tmp_path / "out")
     both = torch.cat([features(test, "attn_out", 1), features(train, "attn_out", 1)])
     labels = torch.tensor(test.labels + train.labels)
@@ -160,9 +159,9 @@ def test_with_a_training_set_the_test_set_is_read(tmp_path: Path) -> None:
 
 def test_less_memory_takes_more_passes_to_the_same_table(tmp_path: Path) -> None:
     data = Drawn(LABELS)
-    rows = run(LinearProbingStudy(subject()), data, tmp_path / "one")
+    rows = run(LinearProbingStudy(config()), data, tmp_path / "one")
     each = 5 * 8 * (24 * 24 + 3 * 24 + 3)
-    small = LinearProbingStudy(subject(), memory_limit=7 * each / 1e6)
+    small = LinearProbingStudy(config(), memory_limit=7 * each / 1e6)
     assert run(small, data, tmp_path / "three") == rows
     assert [len(part) for part in small.plan.passes] == [6, 6, 6]
     assert small.plan.bytes_held == 6 * each
@@ -171,7 +170,7 @@ def test_less_memory_takes_more_passes_to_the_same_table(tmp_path: Path) -> None
 def test_a_probe_for_each_position(tmp_path: Path) -> None:
     test, train = Drawn([5, 0, 2, 0, 5], seed=1), Drawn(LABELS)
     data = TrainAndTest(test, train)
-    rows = run(LinearProbingStudy(subject(), positions="all"), data, tmp_path / "all")
+    rows = run(LinearProbingStudy(config(), positions="all"), data, tmp_path / "all")
     both = torch.cat([features(test, "resid_post", 2), features(train, "resid_post", 2)])
     labels = torch.tensor(test.labels + train.labels)
     where = {"block": 2, "site": "resid_post"}
@@ -185,7 +184,7 @@ def test_a_probe_for_each_position(tmp_path: Path) -> None:
         assert row.tokens == ("image" if position else "cls")
     image = one(rows, **where, tokens="image", group="all", metric="probe_accuracy")
     assert image.value == pytest.approx(np.mean(shares[1:]))
-    some = run(LinearProbingStudy(subject(), positions="16,0"), data, tmp_path / "some")
+    some = run(LinearProbingStudy(config(), positions="16,0"), data, tmp_path / "some")
     place = {**where, "metric": "probe_accuracy/position_16"}
     assert one(some, **place) == one(rows, **place)
     assert one(some, **where, tokens="image", group="all", metric="probe_accuracy").n == 5
@@ -204,7 +203,7 @@ def test_interrupted_in_any_pass_it_goes_on_bit_for_bit(tmp_path: Path, after: i
                 raise StopError
             super().update(batch)
 
-    data, own = Drawn(LABELS), subject()
+    data, own = Drawn(LABELS), config()
     often = {"batch_size": 4, "checkpoint_every": 4, "progress": False}
     limit = 10 * 5 * 8 * (24 * 24 + 3 * 24 + 3) / 1e6
     with pytest.raises(StopError):
@@ -216,7 +215,7 @@ def test_interrupted_in_any_pass_it_goes_on_bit_for_bit(tmp_path: Path, after: i
 
 def test_saved_probes_are_those_of_all_training_images(tmp_path: Path) -> None:
     data, output = Drawn(LABELS), tmp_path / "out"
-    own = subject(output=output)
+    own = config(output=output)
     run(LinearProbingStudy(own, save_probes=True), data, output)
     saved = load_readout(output / "probes.safetensors", adapt(own.model).readout)
     assert isinstance(saved, LinearProbe) and saved.num_classes == CLASSES
@@ -228,12 +227,12 @@ def test_saved_probes_are_those_of_all_training_images(tmp_path: Path) -> None:
         torch.testing.assert_close(one_file.weight, other.weight, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(one_file.bias, other.bias, rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match="output folder"):
-        LinearProbingStudy(subject(), save_probes=True)
+        LinearProbingStudy(config(), save_probes=True)
 
 
 @pytest.mark.parametrize("name", ["mean, no cls", "registers", "distilled", "parallel scaling"])
 def test_other_models(tmp_path: Path, name: str) -> None:
-    rows = run(LinearProbingStudy(subject(name)), Drawn(LABELS), tmp_path / "out")
+    rows = run(LinearProbingStudy(config(name)), Drawn(LABELS), tmp_path / "out")
     assert ("cls" in {row.tokens for row in rows}) == (name != "mean, no cls")
     assert all(0 <= row.value <= 1 for row in rows)
     counts = {row.n for row in rows if (row.tokens, row.group) == ("image", "all")}
@@ -253,7 +252,7 @@ def test_mistakes_are_said_before_anything_is_written(
 ) -> None:
     data = Drawn(LABELS if given else [0, 1, 2, 1])
     with pytest.raises(error, match=message):
-        run(LinearProbingStudy(subject(), **given), data, tmp_path / "out")
+        run(LinearProbingStudy(config(), **given), data, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -273,9 +272,10 @@ def test_command_line_with_scenes(tmp_path: Path) -> None:
 
 
 def test_a_training_set_of_its_own() -> None:
-    given = {"data_path": "scenes", "resize": "crop", "layout": None}
-    own = Subject(demo_vit(), "demo_vit")
-    assert len(_dataset(given, own)) == 5_000
-    assert len(_dataset({**given, "train_data": None}, own)) == 25_000
-    named = _dataset({**given, "train_data": "scenes:val"}, own)
+    given = {
+        "model": "demo_vit", "data_path": "scenes", "resize": "crop", "layout": None, "labels": None
+    }  # fmt: skip
+    assert len(study_dataset(given, True, say=False)) == 5_000
+    assert len(study_dataset({**given, "train_data": None}, True, say=False)) == 25_000
+    named = study_dataset({**given, "train_data": "scenes:val"}, True, say=False)
     assert isinstance(named, TrainAndTest) and len(named.train) == 2_000

@@ -16,7 +16,7 @@ from squares import CLASSES, DEPTH, IMAGES, QUIET, SIDE, Squares, one, small_vit
 from captum_classemb.data import patch_mask
 from captum_classemb.errors import InputError
 from captum_classemb.functional.identifiability import identifiability
-from captum_classemb.runs import RunOptions, Subject, read_rows, run_study, select
+from captum_classemb.runs import RunOptions, StudyConfig, read_rows, run_study, select
 from captum_classemb.studies import all_studies
 from captum_classemb.studies.identifiability.study import IdentifiabilityStudy
 from captum_classemb.studies.memories.metric import random_classes
@@ -29,7 +29,7 @@ from captum_classemb.vit import adapt, record
 @pytest.mark.parametrize("variant", ["corrected", "paper"])
 def test_identifiability_against_the_definitions(tmp_path: Path, variant: str) -> None:
     model, data = small_vit(), Squares()
-    study = IdentifiabilityStudy(Subject(model, "small", variant=variant))
+    study = IdentifiabilityStudy(StudyConfig(model, "small", variant=variant))
     rows = run_study(study, data, tmp_path / "out", QUIET).tables["identifiability"]
     assert {row.variant for row in rows} == {variant}
     images, labels = whole(data)
@@ -90,8 +90,8 @@ def test_identifiability_against_the_definitions(tmp_path: Path, variant: str) -
 
 def test_memories_against_the_definitions(tmp_path: Path) -> None:
     model, data = small_vit(), Squares()
-    subject = Subject(model, "small", random_model=small_vit)
-    rows = run_study(MemoriesStudy(subject), data, tmp_path / "out", QUIET).tables["memories"]
+    config = StudyConfig(model, "small", random_model=small_vit)
+    rows = run_study(MemoriesStudy(config), data, tmp_path / "out", QUIET).tables["memories"]
     images, labels = whole(data)
     vit = adapt(model)
     sites = ("attn_out", "mlp_out", "attn_coefficients", "mlp_coefficients")
@@ -123,14 +123,14 @@ def test_memories_against_the_definitions(tmp_path: Path) -> None:
 
 def test_layer_scale_belongs_to_a_value_vector() -> None:
     model = small_vit(init_values=1.0)
-    plain = MemoriesStudy(Subject(model, "small"))
+    plain = MemoriesStudy(StudyConfig(model, "small"))
     with torch.no_grad():
         model.blocks[1].mlp.fc2.weight.mul_(2.0)  # type: ignore[index]
         signs = torch.tensor([1.0, -1.0] * 12)
         model.blocks[1].mlp.fc2.weight.mul_(signs[:, None])  # type: ignore[index]
         model.blocks[1].ls2.gamma.copy_(signs)  # type: ignore[index]
-    moved = MemoriesStudy(Subject(model, "small"))
-    published = MemoriesStudy(Subject(model, "small", variant="paper"))
+    moved = MemoriesStudy(StudyConfig(model, "small"))
+    published = MemoriesStudy(StudyConfig(model, "small", variant="paper"))
     layer = DEPTH + 1
     assert torch.equal(plain.values[layer].best_classes, moved.values[layer].best_classes)
     assert not torch.equal(plain.values[layer].best_classes, published.values[layer].best_classes)
@@ -141,8 +141,8 @@ def test_layer_scale_belongs_to_a_value_vector() -> None:
     "changes", [{"global_pool": "avg", "class_token": False}, {"reg_tokens": 2}]
 )
 def test_models_without_cls_and_with_registers(study, changes, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    subject = Subject(small_vit(**changes), "small")
-    result = run_study(study(subject), Squares(), tmp_path / "out", QUIET)
+    config = StudyConfig(small_vit(**changes), "small")
+    result = run_study(study(config), Squares(), tmp_path / "out", QUIET)
     (rows,) = result.tables.values()
     assert ("cls" in {row.tokens for row in rows}) == ("reg_tokens" in changes)
     counts = {row.n for row in rows if (row.tokens, row.group) == ("image", "all")}
@@ -162,13 +162,13 @@ def test_interrupted_studies_go_on_bit_for_bit(tmp_path: Path) -> None:
                 raise StopError
             super().update(batch)
 
-    subject = Subject(small_vit(), "small")
+    config = StudyConfig(small_vit(), "small")
     every = RunOptions(batch_size=4, checkpoint_every=4, progress=False)
     with pytest.raises(StopError):
-        run_study(Stopping(subject), Squares(), tmp_path / "cut", every)
+        run_study(Stopping(config), Squares(), tmp_path / "cut", every)
     again = RunOptions(batch_size=4, checkpoint_every=4, progress=False, resume=True)
-    run_study(IdentifiabilityStudy(subject), Squares(), tmp_path / "cut", again)
-    run_study(IdentifiabilityStudy(subject), Squares(), tmp_path / "whole", every)
+    run_study(IdentifiabilityStudy(config), Squares(), tmp_path / "cut", again)
+    run_study(IdentifiabilityStudy(config), Squares(), tmp_path / "whole", every)
     name = "identifiability.csv"
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -176,8 +176,8 @@ def test_interrupted_studies_go_on_bit_for_bit(tmp_path: Path) -> None:
 def test_saved_tokens(tmp_path: Path) -> None:
     model, data, output = small_vit(), Squares(), tmp_path / "out"
     with pytest.raises(InputError, match="output folder"):
-        IdentifiabilityStudy(Subject(model, "small"), save_tokens=True)
-    study = IdentifiabilityStudy(Subject(model, "small", output=output), save_tokens=True)
+        IdentifiabilityStudy(StudyConfig(model, "small"), save_tokens=True)
+    study = IdentifiabilityStudy(StudyConfig(model, "small", output=output), save_tokens=True)
     run_study(study, data, output, QUIET)
     shards = sorted((output / "tokens").iterdir())
     assert len(shards) == 4
@@ -233,7 +233,7 @@ def test_options_of_the_whole_command_line_reach_every_study() -> None:
 
 
 def test_the_paper_takes_the_top_left_pixel_of_a_patch() -> None:
-    study = IdentifiabilityStudy(Subject(small_vit(), "small", variant="paper"))
+    study = IdentifiabilityStudy(StudyConfig(small_vit(), "small", variant="paper"))
     assert study.patch_rule == "nearest"
     mask = torch.randint(0, 2, (SIDE, SIDE), dtype=torch.uint8)
     assert torch.equal(patch_mask(mask, (4, 4), study.patch_rule), mask[::8, ::8])

@@ -13,7 +13,7 @@ from torch import Tensor
 from captum_classemb.edit import knock_out, remove_tokens
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.functional.identifiability import rank
-from captum_classemb.runs import Subject, run_study
+from captum_classemb.runs import StudyConfig, run_study
 from captum_classemb.studies.attention_perturbation.study import AttentionPerturbationStudy
 from captum_classemb.studies.token_perturbation.study import TokenPerturbationStudy
 from captum_classemb.vit import ViT, adapt, record
@@ -33,7 +33,7 @@ def passed(vit: ViT, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("variant", ["corrected", "paper"])
 def test_attention_perturbation_against_the_definitions(tmp_path: Path, variant: str) -> None:
     model, data = small_vit(), Squares()
-    study = AttentionPerturbationStudy(Subject(model, "small", variant=variant))  # type: ignore[arg-type]
+    study = AttentionPerturbationStudy(StudyConfig(model, "small", variant=variant))  # type: ignore[arg-type]
     rows = run_study(study, data, tmp_path / "out", QUIET).tables["attention-perturbation"]
     images, labels = whole(data)
     vit = adapt(model)
@@ -70,7 +70,7 @@ def test_token_perturbation_against_the_definitions(
     changes: dict,  # type: ignore[type-arg]
 ) -> None:
     model, data = small_vit(**changes), Squares()
-    study = TokenPerturbationStudy(Subject(model, "small", variant=variant))  # type: ignore[arg-type]
+    study = TokenPerturbationStudy(StudyConfig(model, "small", variant=variant))  # type: ignore[arg-type]
     rows = run_study(study, data, tmp_path / "out", QUIET).tables["token-perturbation"]
     images, labels = (x[WITH_MASK] for x in whole(data))
     vit = adapt(model)
@@ -114,7 +114,7 @@ def test_images_lose_different_numbers_of_tokens(tmp_path: Path) -> None:
             return sample._replace(mask=mask)
 
     model, data = small_vit(), Uneven()
-    study = TokenPerturbationStudy(Subject(model, "small"))
+    study = TokenPerturbationStudy(StudyConfig(model, "small"))
     rows = run_study(study, data, tmp_path / "out", QUIET).tables["token-perturbation"]
     vit, hits, count, right = adapt(model), 0, 0, 0
     # Images without a class or a context token are left out.
@@ -142,14 +142,14 @@ def test_removal_needs_masks(tmp_path: Path) -> None:
         def __getitem__(self, index: int):  # type: ignore[no-untyped-def]
             return super().__getitem__(index)._replace(mask=None)
 
-    study = TokenPerturbationStudy(Subject(small_vit(), "small"))
+    study = TokenPerturbationStudy(StudyConfig(small_vit(), "small"))
     with pytest.raises(InputError, match="neither masks nor boxes"):
         run_study(study, Bare(), tmp_path / "out", QUIET)
 
 
 def test_a_model_without_cls_has_no_attention_to_it(tmp_path: Path) -> None:
     model = small_vit(global_pool="avg", class_token=False)
-    study = AttentionPerturbationStudy(Subject(model, "small"))
+    study = AttentionPerturbationStudy(StudyConfig(model, "small"))
     result = run_study(study, Squares(), tmp_path / "out", QUIET)
     rows = result.tables["attention-perturbation"]
     assert {row.metric.split("/")[0] for row in rows} == {"unperturbed", "self_only"}
@@ -160,4 +160,4 @@ def test_a_model_without_cls_has_no_attention_to_it(tmp_path: Path) -> None:
 def test_models_whose_patches_attend_elsewhere_are_refused(study) -> None:  # type: ignore[no-untyped-def]
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
     with pytest.raises(UnsupportedModelError, match="Cait attend .* before .* class attention"):
-        study(Subject(Cait(num_classes=CLASSES, **sizes).eval(), "cait"))
+        study(StudyConfig(Cait(num_classes=CLASSES, **sizes).eval(), "cait"))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from captum_classemb.data import Preprocess, StudyDataset, open_dataset
 from captum_classemb.edit import remove_tokens
-from captum_classemb.runs import RunOptions, Subject, run_study, select
+from captum_classemb.runs import RunOptions, StudyConfig, run_study, select
 from captum_classemb.runs.batches import Batch, load_batches
 from captum_classemb.studies.attention_perturbation.study import AttentionPerturbationStudy
 from captum_classemb.studies.identifiability.study import IdentifiabilityStudy
@@ -105,7 +105,7 @@ def test_positions_logits_and_best_classes(
 @ROWS
 def test_memories(tiny: nn.Module, data: StudyDataset, golden: Golden, step: int) -> None:
     vit = adapt(tiny)
-    study = MemoriesStudy(Subject(tiny, "tiny", variant="paper"))
+    study = MemoriesStudy(StudyConfig(tiny, "tiny", variant="paper"))
     for place, layer in enumerate(("attn", "mlp")):
         for block in range(12):
             agreement = study.values[place * 12 + block].agreement.numpy()
@@ -140,7 +140,7 @@ def test_memories(tiny: nn.Module, data: StudyDataset, golden: Golden, step: int
 def test_attention_perturbation(
     tiny: nn.Module, data: StudyDataset, golden: Golden, step: int
 ) -> None:
-    study = AttentionPerturbationStudy(Subject(tiny, "tiny", variant="paper"))
+    study = AttentionPerturbationStudy(StudyConfig(tiny, "tiny", variant="paper"))
     for batch in batches(data, step):
         for name in ("self_only", "no_cls"):
             with study.edit(name, (224, 224)):
@@ -154,7 +154,7 @@ def test_attention_perturbation(
 
 @ROWS
 def test_token_perturbation(tiny: nn.Module, data: StudyDataset, golden: Golden, step: int) -> None:
-    study = TokenPerturbationStudy(Subject(tiny, "tiny", variant="paper"))
+    study = TokenPerturbationStudy(StudyConfig(tiny, "tiny", variant="paper"))
     vit = study.vit
     conditions = {"without_context": "no_context", "without_class": "no_class_label"}
     for batch in batches(data, step):
@@ -190,7 +190,7 @@ def test_token_perturbation(tiny: nn.Module, data: StudyDataset, golden: Golden,
 def test_means_over_the_whole_set(
     tiny: nn.Module, data: StudyDataset, golden: Golden, tmp_path: Path
 ) -> None:
-    study = IdentifiabilityStudy(Subject(tiny, "tiny", variant="paper"))
+    study = IdentifiabilityStudy(StudyConfig(tiny, "tiny", variant="paper"))
     options = RunOptions(batch_size=15, progress=False)
     rows = run_study(study, data, tmp_path / "out", options).tables["identifiability"]
 

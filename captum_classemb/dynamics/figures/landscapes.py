@@ -13,15 +13,6 @@ from mpl_toolkits.mplot3d import Axes3D
 
 from captum_classemb.dynamics.figures.profiles import COLOURS, MARKERS, tidy
 
-__all__ = [
-    "by_epoch",
-    "eigenvalue_density",
-    "landscape_contour",
-    "landscape_surface",
-    "polar_path",
-    "robustness_lines",
-]
-
 Floats = npt.NDArray[np.floating]
 
 

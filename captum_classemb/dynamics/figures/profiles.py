@@ -14,16 +14,6 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-__all__ = [
-    "KIND_COLOURS",
-    "depth_profile",
-    "fourier_lines",
-    "frequency_noise_lines",
-    "lesion_bars",
-    "step_pattern",
-    "similarity_matrix",
-]
-
 Floats = npt.NDArray[np.floating]
 
 KIND_COLOURS: Mapping[str, str] = {
@@ -215,13 +205,13 @@ def lesion_bars(
     width = 0.8 / len(sorts)
     for i, sort in enumerate(sorts):
         chosen = [j for j, kind in enumerate(kinds) if kind == sort]
-        x = np.array([blocks[j] + 1 for j in chosen]) + (i - (len(sorts) - 1) / 2) * width
+        x = np.array([blocks[j] for j in chosen]) + (i - (len(sorts) - 1) / 2) * width
         axis.bar(
             x, [100 * accuracies[j] for j in chosen], width * 0.92, label=_NAMES.get(sort, sort),
             color=_SOLID.get(sort, "#8a8a8a"),
         )  # fmt: skip
     axis.axhline(100 * whole, color="#222222", linewidth=1, linestyle=(0, (4, 3)))
-    axis.set_xticks(sorted({b + 1 for b in blocks}))
+    axis.set_xticks(sorted(set(blocks)))
     axis.set_ylim(0, 104)
     axis.set_xlabel("block")
     axis.set_ylabel("accuracy without it (%)")

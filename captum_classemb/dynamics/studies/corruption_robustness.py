@@ -15,14 +15,12 @@ from captum_classemb.dynamics.corruptions import SUBSET, corrupt
 from captum_classemb.dynamics.robustness import Quality, Robustness
 from captum_classemb.dynamics.studies.dynamics_study import DynamicsStudy
 from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.catalogue import register_study
-from captum_classemb.runs.subject import Subject
+from captum_classemb.runs.config import StudyConfig
+from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["RobustnessStudy"]
 
 _LABELS = {"accuracy": "accuracy", "nll": "NLL (nats)", "ece": "calibration error"}
 
@@ -51,11 +49,11 @@ class RobustnessStudy(DynamicsStudy):
 
     name = "robustness"
 
-    def __init__(self, subject: Subject) -> None:
-        super().__init__(subject)
-        config = data_config(subject.model)
-        self.mean = torch.tensor(config["mean"])[:, None, None]
-        self.std = torch.tensor(config["std"])[:, None, None]
+    def __init__(self, config: StudyConfig) -> None:
+        super().__init__(config)
+        pixels = data_config(config.model)
+        self.mean = torch.tensor(pixels["mean"])[:, None, None]
+        self.std = torch.tensor(pixels["std"])[:, None, None]
         self.levels = (_CLEAN, *_MADE, *_READ)
         self.quality = nn.ModuleList(Robustness() for _ in self.levels)
         self.metrics = nn.ModuleDict({"quality": self.quality})
@@ -71,7 +69,7 @@ class RobustnessStudy(DynamicsStudy):
             level = _Level(corruption, int(severity)) if condition else _CLEAN
             at = chosen.to(batch.images.device)
             images, labels = batch.images[at], batch.labels[at]
-            self._of(level).update(self.subject.model, images, labels)
+            self._of(level).update(self.config.model, images, labels)
             if level == _CLEAN:
                 self._make(images, labels, batch.number)
 
@@ -81,8 +79,8 @@ class RobustnessStudy(DynamicsStudy):
         pixels = (images * std + mean).clamp(0, 1)
         for level in _MADE:
             name = level.corruption.removeprefix("subset_")
-            corrupted = corrupt(pixels, name, level.severity, self.subject.seed + number)
-            self._of(level).update(self.subject.model, (corrupted - mean) / std, labels)
+            corrupted = corrupt(pixels, name, level.severity, self.config.seed + number)
+            self._of(level).update(self.config.model, (corrupted - mean) / std, labels)
 
     def rows(self) -> list[Row]:
         found: dict[_Level, Quality] = {}
@@ -119,7 +117,7 @@ class RobustnessStudy(DynamicsStudy):
                 [values[f"{name}_{measure}@{s}"] for s in range(1, SEVERITIES + 1)]
                 for name in names
             ]
-            robustness_lines(axis, {self.subject.name: np.array(table)}, label)
+            robustness_lines(axis, {self.config.name: np.array(table)}, label)
         return {"robustness": figure}
 
     def headline(self, tables: dict[str, list[Row]]) -> list[Row]:

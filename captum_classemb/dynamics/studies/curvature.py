@@ -19,14 +19,12 @@ from captum_classemb.dynamics.studies.dynamics_study import DynamicsStudy, numbe
 from captum_classemb.dynamics.trajectory import checkpoint_files, polar_trajectory
 from captum_classemb.models.load import read_checkpoint
 from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.catalogue import register_study
-from captum_classemb.runs.subject import Subject
+from captum_classemb.runs.config import StudyConfig
+from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["HessianStudy", "LossLandscapeStudy", "LossStudy", "TrajectoryStudy"]
 
 _DECAY = click.Option(
     ["--weight-decay"], type=click.FloatRange(min=0), default=1e-4,
@@ -50,14 +48,14 @@ class LossStudy(DynamicsStudy):
     """A study of the training loss: of augmented images, with L2, as the paper insists.
 
     Args:
-        subject: the model and how it is studied.
+        config: the model and how it is studied.
         augment: ``"flip-shift"``, ``"shift"`` or ``"none"``; a batch is augmented in the same way
             whichever process takes it, and for all weights that it is shown to.
         weight_decay: λ of the loss's λ/2·‖w‖².
     """
 
-    def __init__(self, subject: Subject, augment: str, weight_decay: float) -> None:
-        super().__init__(subject)
+    def __init__(self, config: StudyConfig, augment: str, weight_decay: float) -> None:
+        super().__init__(config)
         self.loss_settings = {"augment": augment, "weight_decay": weight_decay}
 
     def settings(self) -> dict[str, Any]:
@@ -68,7 +66,7 @@ class LossStudy(DynamicsStudy):
         how = self.loss_settings["augment"]
         if how == "none":
             return batch.images
-        generator = torch.Generator().manual_seed(self.subject.seed + batch.number)
+        generator = torch.Generator().manual_seed(self.config.seed + batch.number)
         return augmented(batch.images, generator, flip=how == "flip-shift")
 
 
@@ -93,16 +91,16 @@ class HessianStudy(LossStudy):
 
     def __init__(
         self,
-        subject: Subject,
+        config: StudyConfig,
         eigenvalues: int = 5,
         weight_decay: float = 1e-4,
         augment: str = "flip-shift",
         curvature: Curvature = "hessian",
     ) -> None:
-        super().__init__(subject, augment, weight_decay)
+        super().__init__(config, augment, weight_decay)
         self.options: dict[str, Any] = {"count": eigenvalues, "curvature": curvature}
         self.spectrum = HessianSpectrum(
-            **self.options, weight_decay=weight_decay, vectors=8, seed=subject.seed,
+            **self.options, weight_decay=weight_decay, vectors=8, seed=config.seed,
         )  # fmt: skip
         self.metrics = nn.ModuleDict({"spectrum": self.spectrum})
 
@@ -111,7 +109,7 @@ class HessianStudy(LossStudy):
 
     def update(self, batch: Batch) -> None:
         self.spectrum.update(
-            self.subject.model, self.images(batch), batch.labels, number=batch.number
+            self.config.model, self.images(batch), batch.labels, number=batch.number
         )
 
     def rows(self) -> list[Row]:
@@ -137,7 +135,7 @@ class HessianStudy(LossStudy):
         margin = 0.15 * float(values.max() - values.min())
         points = torch.linspace(float(values.min()) - margin, float(values.max()) + margin, 400)
         figure, axis = one_axis()
-        name = self.subject.name
+        name = self.config.name
         heights = {name: density(values, points).numpy()}
         eigenvalue_density(axis, points.numpy(), heights, {name: values.numpy()})
         return {"hessian": figure}
@@ -160,15 +158,15 @@ class LossLandscapeStudy(LossStudy):
 
     def __init__(
         self,
-        subject: Subject,
+        config: StudyConfig,
         weight_decay: float = 1e-4,
         augment: str = "flip-shift",
         points: int = 11,
     ) -> None:
-        super().__init__(subject, augment, weight_decay)
+        super().__init__(config, augment, weight_decay)
         self.landscape = LossLandscape(
-            subject.model, points=points, weight_decay=weight_decay, variant=self.variant,
-            seed=subject.seed,
+            config.model, points=points, weight_decay=weight_decay, variant=self.variant,
+            seed=config.seed,
         )  # fmt: skip
         self.metrics = nn.ModuleDict({"landscape": self.landscape})
 
@@ -226,21 +224,21 @@ class TrajectoryStudy(LossStudy):
 
     def __init__(
         self,
-        subject: Subject,
+        config: StudyConfig,
         checkpoints: Path,
         eigenvalues: int = 5,
         weight_decay: float = 1e-4,
         augment: str = "flip-shift",
     ) -> None:
-        super().__init__(subject, augment, weight_decay)
+        super().__init__(config, augment, weight_decay)
         self.files = checkpoint_files(checkpoints)
         self.options: dict[str, Any] = {"count": eigenvalues}
         self.spectra = [
-            HessianSpectrum(eigenvalues, weight_decay=weight_decay, seed=subject.seed)
+            HessianSpectrum(eigenvalues, weight_decay=weight_decay, seed=config.seed)
             for _ in self.files
         ]
         self.metrics = nn.ModuleDict({"spectra": nn.ModuleList(self.spectra)})
-        self.model = copy.deepcopy(subject.model)
+        self.model = copy.deepcopy(config.model)
 
     def settings(self) -> dict[str, Any]:
         names = [file.name for file in self.files]
@@ -276,10 +274,10 @@ class TrajectoryStudy(LossStudy):
             return np.array([row.value for row in rows if row.metric.startswith(f"{name}@")])
 
         figure, axis = one_axis((4.6, 4.4), "polar")
-        polar_path(axis, {self.subject.name: (column("radius"), column("angle"))})
+        polar_path(axis, {self.config.name: (column("radius"), column("angle"))})
         curvature, beside = one_axis()
         largest = column("largest_eigenvalue")
-        lines = {self.subject.name: (np.arange(len(largest), dtype=float), largest)}
+        lines = {self.config.name: (np.arange(len(largest), dtype=float), largest)}
         by_epoch(beside, lines, "largest eigenvalue of the loss Hessian")
         beside.set_xlabel("checkpoint")
         return {"trajectory": figure, "trajectory-hessian": curvature}

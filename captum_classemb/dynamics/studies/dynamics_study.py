@@ -14,14 +14,12 @@ from captum_classemb.data import data_config
 from captum_classemb.errors import InputError
 from captum_classemb.functional.variant import Variant, check_variant
 from captum_classemb.models.load import load_model
+from captum_classemb.runs.config import StudyConfig
 from captum_classemb.runs.study import Study
-from captum_classemb.runs.subject import Subject
 from captum_classemb.runs.tables import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["OTHER_MODEL", "DynamicsStudy", "OtherModel", "numbers", "one_axis"]
 
 #: Parameters of studies that compare with a second model.
 OTHER_MODEL = (
@@ -40,16 +38,16 @@ class DynamicsStudy(Study):
     ``convolution``, ``pooling``, ``block``), and ``block`` counts the model's blocks.
 
     Args:
-        subject: the model and how it is studied.
+        config: the model and how it is studied.
     """
 
-    def __init__(self, subject: Subject) -> None:
-        check_variant(subject.variant)
-        self.subject = subject
-        self.variant: Variant = subject.variant
+    def __init__(self, config: StudyConfig) -> None:
+        check_variant(config.variant)
+        self.config = config
+        self.variant: Variant = config.variant
 
     def settings(self) -> dict[str, Any]:
-        return self.subject.settings()
+        return self.config.settings()
 
     @abstractmethod
     def rows(self) -> list[Row]:
@@ -60,20 +58,20 @@ class DynamicsStudy(Study):
 
     def example(self) -> Tensor:
         """An image of the model's size, 1×3×H×W, to find its steps with."""
-        config = data_config(self.subject.model)
-        return torch.zeros(1, *config["input_size"], device=self.device)
+        size = data_config(self.config.model)["input_size"]
+        return torch.zeros(1, *size, device=self.device)
 
     @property
     def device(self) -> torch.device:
         """Where the model lies."""
-        return next(self.subject.model.parameters()).device
+        return next(self.config.model.parameters()).device
 
     def row(
         self, metric: str, value: Tensor | float, n: Tensor | float, block: int = -1, site: str = ""
     ) -> Row:
         """One row of the table."""
         return Row(
-            self.name, self.subject.name, block, site, "image", "all", self.variant, metric,
+            self.name, self.config.name, block, site, "image", "all", self.variant, metric,
             float(value), int(n),
         )  # fmt: skip
 
@@ -82,7 +80,7 @@ class OtherModel(nn.Module):
     """A second model that sees the images of the first one, normalised as it wants them.
 
     Args:
-        subject: the first model.
+        config: the first model.
         name: of the second one, as for :func:`captum_classemb.models.load_model`.
         checkpoint: its weights.
 
@@ -93,14 +91,14 @@ class OtherModel(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, subject: Subject, name: str, checkpoint: Path | None = None) -> None:
+    def __init__(self, config: StudyConfig, name: str, checkpoint: Path | None = None) -> None:
         super().__init__()
         self.model = load_model(name, checkpoint)
-        first, second = data_config(subject.model), data_config(self.model)
+        first, second = data_config(config.model), data_config(self.model)
         if first["input_size"] != second["input_size"]:
             sizes = ["×".join(map(str, c["input_size"])) for c in (first, second)]
             raise InputError(
-                f"Both models must read the same images, but {subject.name} reads {sizes[0]} and "
+                f"Both models must read the same images, but {config.name} reads {sizes[0]} and "
                 f"{name} {sizes[1]}."
             )
         mean, std, other_mean, other_std = (
@@ -108,7 +106,7 @@ class OtherModel(nn.Module):
         )
         self.register_buffer("scale", std / other_std, persistent=False)
         self.register_buffer("shift", (mean - other_mean) / other_std, persistent=False)
-        self.to(next(subject.model.parameters()).device).eval()
+        self.to(next(config.model.parameters()).device).eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits B×C of B×3×H×W, normalised for the first model."""

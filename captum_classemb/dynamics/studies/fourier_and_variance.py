@@ -7,19 +7,17 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from torch import nn
 
-from captum_classemb.dynamics.depth import DepthMetrics, obedience
+from captum_classemb.dynamics.depth import DepthMetrics, sign_agreement
 from captum_classemb.dynamics.fourier import FourierAmplitude
 from captum_classemb.dynamics.studies.dynamics_study import DynamicsStudy, numbers, one_axis
 from captum_classemb.dynamics.variance import FeatureMapVariance
 from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.catalogue import register_study
-from captum_classemb.runs.subject import Subject
+from captum_classemb.runs.config import StudyConfig
+from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row, select
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["FourierStudy", "VarianceStudy"]
 
 
 @register_study
@@ -33,10 +31,10 @@ class FourierStudy(DynamicsStudy):
     name = "fourier"
     labelled = False
 
-    def __init__(self, subject: Subject) -> None:
-        super().__init__(subject)
+    def __init__(self, config: StudyConfig) -> None:
+        super().__init__(config)
         self.depth = DepthMetrics(
-            subject.model,
+            config.model,
             {"fourier": lambda: FourierAmplitude(self.variant)},
             self.example(),
         )
@@ -56,10 +54,10 @@ class FourierStudy(DynamicsStudy):
                 name = f"delta_log_amplitude@{float(frequency):.4f}"
                 rows.append(self.row(name, value, n, step.block, step.kind))
         for kind, rises in (("attention", False), ("mlp", True), ("convolution", True)):
-            found = obedience(self.depth.steps, high, kind, rises)  # type: ignore[arg-type]
+            found = sign_agreement(self.depth.steps, high, kind, rises)  # type: ignore[arg-type]
             if found.steps:
                 name = f"share_{'raising' if rises else 'lowering'}_high_frequencies"
-                rows.append(self.row(name, found.obeying / found.steps, found.steps, -1, kind))
+                rows.append(self.row(name, found.agreeing / found.steps, found.steps, -1, kind))
         return rows
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
@@ -83,7 +81,7 @@ class FourierStudy(DynamicsStudy):
         figure = Figure(figsize=(10.5, 4), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=[1, 1.25])
         fourier_lines(left, [np.array(f) for f in frequencies], [np.array(a) for a in lines])
-        high = {self.subject.name: [line[-1] for line in lines]}
+        high = {self.config.name: [line[-1] for line in lines]}
         depth_profile(right, kinds, high, "Δ log amplitude, highest frequency")
         return {"fourier": figure}
 
@@ -102,10 +100,10 @@ class VarianceStudy(DynamicsStudy):
     name = "variance"
     labelled = False
 
-    def __init__(self, subject: Subject) -> None:
-        super().__init__(subject)
+    def __init__(self, config: StudyConfig) -> None:
+        super().__init__(config)
         self.depth = DepthMetrics(
-            subject.model,
+            config.model,
             {"variance": lambda: FeatureMapVariance(self.variant)},
             self.example(),
         )
@@ -126,10 +124,10 @@ class VarianceStudy(DynamicsStudy):
             largest = variance.largest_channel()
             rows.append(self.row("largest_channel_share", largest, n, step.block, step.kind))
         for kind, rises in (("attention", False), ("mlp", True), ("convolution", True)):
-            found = obedience(self.depth.steps, values, kind, rises)  # type: ignore[arg-type]
+            found = sign_agreement(self.depth.steps, values, kind, rises)  # type: ignore[arg-type]
             if found.steps:
                 name = f"share_{'raising' if rises else 'lowering'}_variance"
-                rows.append(self.row(name, found.obeying / found.steps, found.steps, -1, kind))
+                rows.append(self.row(name, found.agreeing / found.steps, found.steps, -1, kind))
         return rows
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
@@ -140,7 +138,7 @@ class VarianceStudy(DynamicsStudy):
         label = "feature map variance"
         if self.variant == "corrected":
             label = "share of energy that varies over space"
-        values = {self.subject.name: [row.value for row in rows]}
+        values = {self.config.name: [row.value for row in rows]}
         log = self.variant == "paper"
         depth_profile(axis, [row.site for row in rows], values, label, log=log)
         return {"variance": figure}

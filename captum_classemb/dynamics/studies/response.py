@@ -19,16 +19,14 @@ from captum_classemb.dynamics.studies.dynamics_study import (
     numbers,
     one_axis,
 )
-from captum_classemb.dynamics.tracing.steps import find_steps, record_steps
+from captum_classemb.dynamics.tracing.traced_steps import find_steps, record_steps
 from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.catalogue import register_study
-from captum_classemb.runs.subject import Subject, weights_digest
+from captum_classemb.runs.config import StudyConfig, weights_digest
+from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row, select
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["CKAStudy", "FrequencyNoiseStudy", "LesionStudy"]
 
 
 def _digest(other: OtherModel | None) -> str:
@@ -51,19 +49,19 @@ class FrequencyNoiseStudy(DynamicsStudy):
 
     def __init__(
         self,
-        subject: Subject,
+        config: StudyConfig,
         bands: int = 10,
         noise: float = 0.3,
         other: str | None = None,
         other_checkpoint: Path | None = None,
     ) -> None:
-        super().__init__(subject)
-        self.models: dict[str, nn.Module] = {subject.name: subject.model}
-        self.other = None if other is None else OtherModel(subject, other, other_checkpoint)
+        super().__init__(config)
+        self.models: dict[str, nn.Module] = {config.name: config.model}
+        self.other = None if other is None else OtherModel(config, other, other_checkpoint)
         if self.other is not None:
             # A model may be compared with itself, of other weights.
-            self.models[f"{other} (other)" if other == subject.name else str(other)] = self.other
-        self.noises = [FrequencyNoise(bands, noise, subject.seed) for _ in self.models]
+            self.models[f"{other} (other)" if other == config.name else str(other)] = self.other
+        self.noises = [FrequencyNoise(bands, noise, config.seed) for _ in self.models]
         self.options = {"bands": bands, "noise": noise, "models": list(self.models)}
         self.metrics = nn.ModuleDict({"noise": nn.ModuleList(self.noises)})
 
@@ -89,7 +87,7 @@ class FrequencyNoiseStudy(DynamicsStudy):
 
         lines = {name: select(tables[self.name], model=name) for name in self.models}
         figure, axis = one_axis()
-        frequencies = np.array([numbers(row.metric)[0] for row in lines[self.subject.name][1:]])
+        frequencies = np.array([numbers(row.metric)[0] for row in lines[self.config.name][1:]])
         values = {name: np.array([row.value for row in rows]) for name, rows in lines.items()}
         frequency_noise_lines(axis, frequencies, values)
         return {self.name: figure}
@@ -101,14 +99,14 @@ class LesionStudy(DynamicsStudy):
 
     name = "lesion"
 
-    def __init__(self, subject: Subject) -> None:
-        super().__init__(subject)
-        self.lesions = find_lesions(subject.model, self.example())
+    def __init__(self, config: StudyConfig) -> None:
+        super().__init__(config)
+        self.lesions = find_lesions(config.model, self.example())
         self.accuracy = LesionAccuracy(self.lesions)
         self.metrics = nn.ModuleDict({"accuracy": self.accuracy})
 
     def update(self, batch: Batch) -> None:
-        self.accuracy.update(self.subject.model, batch.images, batch.labels)
+        self.accuracy.update(self.config.model, batch.images, batch.labels)
 
     def rows(self) -> list[Row]:
         whole, *parts = self.accuracy.compute()
@@ -141,12 +139,12 @@ class CKAStudy(DynamicsStudy):
     parameters = OTHER_MODEL
 
     def __init__(
-        self, subject: Subject, other: str | None = None, other_checkpoint: Path | None = None
+        self, config: StudyConfig, other: str | None = None, other_checkpoint: Path | None = None
     ) -> None:
-        super().__init__(subject)
-        self.other = None if other is None else OtherModel(subject, other, other_checkpoint)
-        self.other_name = subject.name if other is None else other
-        self.steps = find_steps(subject.model, self.example())
+        super().__init__(config)
+        self.other = None if other is None else OtherModel(config, other, other_checkpoint)
+        self.other_name = config.name if other is None else other
+        self.steps = find_steps(config.model, self.example())
         self.others = self.steps
         if self.other is not None:
             self.others = find_steps(self.other, self.example())
@@ -160,7 +158,7 @@ class CKAStudy(DynamicsStudy):
     def update(self, batch: Batch) -> None:
         if len(batch.indices) < 4 and batch.number:
             return
-        first = record_steps(self.subject.model, batch.images, self.steps)
+        first = record_steps(self.config.model, batch.images, self.steps)
         second = None
         if self.other is not None:
             second = record_steps(self.other, batch.images, self.others)
@@ -180,5 +178,5 @@ class CKAStudy(DynamicsStudy):
         values = np.array([row.value for row in tables["cka"]])
         figure, axis = one_axis((5.2, 4.4))
         table = values.reshape(len(self.steps), len(self.others))
-        similarity_matrix(axis, table, (self.subject.name, self.other_name))
+        similarity_matrix(axis, table, (self.config.name, self.other_name))
         return {"cka": figure}

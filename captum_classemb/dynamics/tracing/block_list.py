@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from captum_classemb.dynamics.tracing.feature_maps import as_feature_map, evaluating, layout_of
 from captum_classemb.dynamics.tracing.trace import key, trace
 
-__all__ = ["TracedRun", "find_blocks", "find_others", "tensors_of"]
-
 
 def tensors_of(value: object) -> list[Tensor]:
     """The tensors of a module's output, which may be one, a tuple or a list."""

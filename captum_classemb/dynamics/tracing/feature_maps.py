@@ -8,8 +8,6 @@ from math import inf, sqrt
 
 from torch import Tensor, nn
 
-__all__ = ["as_feature_map", "evaluating", "layout_of"]
-
 # More prefix tokens than any family has; a search bound where the model names no number.
 _MOST_PREFIX_TOKENS = 16
 

@@ -12,8 +12,6 @@ from torch.utils.hooks import RemovableHandle
 
 from captum_classemb.hooks import after, before, hooks_removed
 
-__all__ = ["Event", "key", "trace"]
-
 EventKind = Literal[
     "enter", "exit", "add", "attention", "convolution", "pooling", "linear", "activation"
 ]

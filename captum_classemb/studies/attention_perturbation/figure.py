@@ -10,8 +10,6 @@ from captum_classemb.runs.tables import Row, select
 from captum_classemb.studies.panels import COLOURS, Panel, Series, by_block, up_to_highest
 from captum_classemb.studies.perturbation import UNPERTURBED
 
-__all__ = ["draw"]
-
 _NAMES = {
     UNPERTURBED: ("unperturbed", COLOURS["cls"], "-"),
     "no_cls": ("image tokens do not see CLS", COLOURS["class"], "--"),

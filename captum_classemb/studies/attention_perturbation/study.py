@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from captum_classemb.edit import knock_out, no_cls, self_only
 from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.catalogue import register_study
-from captum_classemb.runs.subject import Subject
+from captum_classemb.runs.config import StudyConfig
+from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row
 from captum_classemb.studies.attention_perturbation.figure import draw
 from captum_classemb.studies.perturbation import UNPERTURBED, PerturbationStudy
@@ -16,8 +16,6 @@ from captum_classemb.vit import record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["AttentionPerturbationStudy"]
 
 
 @register_study
@@ -31,7 +29,7 @@ class AttentionPerturbationStudy(PerturbationStudy):
     prefix tokens too in ``self_only``, and does not renormalise the weights in ``no_cls``.
 
     Args:
-        subject: the model and how it is studied.
+        config: the model and how it is studied.
 
     Raises:
         UnsupportedModelError: for a model with class attention, whose image tokens attend to each
@@ -40,8 +38,8 @@ class AttentionPerturbationStudy(PerturbationStudy):
 
     name = "attention-perturbation"
 
-    def __init__(self, subject: Subject) -> None:
-        super().__init__(subject, (UNPERTURBED, "self_only", "no_cls"))
+    def __init__(self, config: StudyConfig) -> None:
+        super().__init__(config, (UNPERTURBED, "self_only", "no_cls"))
         if not self.vit.prefix_tokens:
             self.conditions = self.conditions[:2]
 
@@ -63,4 +61,4 @@ class AttentionPerturbationStudy(PerturbationStudy):
         return nullcontext()
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
-        return draw(tables[self.name], self.subject.name)
+        return draw(tables[self.name], self.config.name)

@@ -10,8 +10,6 @@ from matplotlib.figure import Figure
 from captum_classemb.evaluation.removal_order import MEASURES
 from captum_classemb.runs.tables import Row, select
 
-__all__ = ["draw"]
-
 
 def draw(rows: Sequence[Row], methods: Sequence[str], model: str) -> Figure:
     """Accuracy and target probability against the share removed."""

@@ -32,8 +32,8 @@ from captum_classemb.evaluation.removal_curves import Perturbation
 from captum_classemb.evaluation.removal_order import MEASURES
 from captum_classemb.readout import LinearProbe, load_readout
 from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.catalogue import register_study
-from captum_classemb.runs.subject import Subject
+from captum_classemb.runs.config import StudyConfig
+from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row
 from captum_classemb.studies.faithfulness.figure import draw
 from captum_classemb.studies.model_study import ModelStudy
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from captum_classemb.data import StudyDataset
-
-__all__ = ["METHODS", "FaithfulnessStudy"]
 
 METHODS: dict[str, Callable[..., PatchAttribution]] = {
     "patch-importance": PatchImportance,
@@ -75,7 +73,7 @@ class FaithfulnessStudy(ModelStudy):
     unperturbed point left out), ``"corrected"`` ordinary areas with bootstrap intervals.
 
     Args:
-        subject: the model and how it is studied.
+        config: the model and how it is studied.
         methods: names of :data:`METHODS`.
         steps: evenly spaced points after the unperturbed one.
         perturbation: ``"tokens"``, ``"mean"`` or ``"blur"``.
@@ -125,13 +123,13 @@ class FaithfulnessStudy(ModelStudy):
 
     def __init__(
         self,
-        subject: Subject,
+        config: StudyConfig,
         methods: Sequence[str] = _DEFAULT,
         steps: int = 20,
         perturbation: Perturbation = "tokens",
         probe: str | Path | None = None,
     ) -> None:
-        super().__init__(subject)
+        super().__init__(config)
         unknown = [method for method in methods if method not in METHODS]
         if unknown or not methods:
             raise InputError(
@@ -235,7 +233,7 @@ class FaithfulnessStudy(ModelStudy):
             sides = {"negative": by_image[:, 0], "positive": by_image[:, 1]}
             sides["gap"] = sides["negative"] - sides["positive"]
             for side, numbers in sides.items():
-                found = bootstrap_mean(numbers, seed=self.subject.seed)
+                found = bootstrap_mean(numbers, seed=self.config.seed)
                 name = f"{method}/{measure}/{side}"
                 yield self.row(name, found.mean, n, _NOWHERE)
                 yield self.row(f"{name}/low", found.low, n, _NOWHERE)
@@ -254,7 +252,7 @@ class FaithfulnessStudy(ModelStudy):
         return [row for row in tables["areas"] if row.metric.endswith(ends)]
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
-        return {"curves": draw(tables["curves"], self.methods, self.subject.name)}
+        return {"curves": draw(tables["curves"], self.methods, self.config.name)}
 
 
 def _digest(probe: LinearProbe) -> str:

@@ -11,8 +11,6 @@ from captum_classemb.studies.panels import SITE_NAMES, TOKEN_SERIES, Panel, Seri
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw"]
-
 _SOURCES = (
     ("previous", "block before", "#440154", "-"),
     ("attention", "attention", "#2a788e", "-"),

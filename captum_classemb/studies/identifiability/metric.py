@@ -10,8 +10,6 @@ from torch import Tensor
 from captum_classemb.studies.group_means import StreamMetric, group_sums
 from captum_classemb.studies.token_groups import GROUPS
 
-__all__ = ["Accuracy", "ClassIdentifiability", "Identifiability"]
-
 
 class Identifiability(NamedTuple):
     """Each R×4, over the groups of :data:`~captum_classemb.studies.token_groups.GROUPS`.

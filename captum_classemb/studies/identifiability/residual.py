@@ -8,14 +8,6 @@ from torch import Tensor
 from captum_classemb.functional.variant import Variant, check_variant
 from captum_classemb.studies.group_means import GroupedMean
 
-__all__ = [
-    "SOURCES",
-    "ClassSimilarityChangeRate",
-    "ResidualComposition",
-    "residual_matches",
-    "similarity_increases",
-]
-
 #: Where the top class of a block's output may come from.
 SOURCES = ("previous", "attention", "mlp", "none")
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from captum_classemb.atomic_file import write_atomically
 from captum_classemb.errors import InputError
-from captum_classemb.files import write_atomically
 from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.catalogue import register_study
-from captum_classemb.runs.subject import Subject
+from captum_classemb.runs.config import StudyConfig
+from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row, select
 from captum_classemb.studies.group_means import ClassContextDifference, Means
 from captum_classemb.studies.identifiability.metric import Accuracy, ClassIdentifiability
@@ -30,8 +30,6 @@ from captum_classemb.vit import Recording, record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["IdentifiabilityStudy"]
 
 _SITES = ("resid_post", "attn_out", "mlp_out")
 _SAVED_CLASSES = 5
@@ -51,7 +49,7 @@ class IdentifiabilityStudy(ModelStudy):
     for its mask.
 
     Args:
-        subject: the model and how it is studied.
+        config: the model and how it is studied.
         save_tokens: also write rank, target logit and the 5 best classes of every token, as
             ``tokens/batch-….npz``.
     """
@@ -65,17 +63,17 @@ class IdentifiabilityStudy(ModelStudy):
         ),
     )
 
-    def __init__(self, subject: Subject, save_tokens: bool = False) -> None:
-        super().__init__(subject)
-        if save_tokens and subject.output is None:
-            raise InputError("save_tokens needs the subject's output folder.")
+    def __init__(self, config: StudyConfig, save_tokens: bool = False) -> None:
+        super().__init__(config)
+        if save_tokens and config.output is None:
+            raise InputError("save_tokens needs an output folder.")
         self.save_tokens = save_tokens
         self.depth = len(self.vit.blocks)
         self.places = [(block, site) for site in _SITES for block in range(self.depth)]
         # The published code has no input for the first block.
         self.first = 1 if self.variant == "paper" else 0
         self.changes = [(block, site) for site in _SITES for block in range(self.first, self.depth)]
-        rows, seed = len(self.places), subject.seed
+        rows, seed = len(self.places), config.seed
         self.accuracy = Accuracy()
         self.identifiability = ClassIdentifiability(rows, self.readout.num_classes)
         self.change_rate = ClassSimilarityChangeRate(len(self.changes))
@@ -156,7 +154,7 @@ class IdentifiabilityStudy(ModelStudy):
         return target_logits(self.readout.at(block, site), recording[site][block], target)
 
     def _save(self, batch: Batch, scores: Sequence[TokenScores]) -> None:
-        assert self.subject.output is not None
+        assert self.config.output is not None
         shape = (len(_SITES), self.depth)
         rank, logit, top = (
             torch.stack([s[field] for s in scores]).unflatten(0, shape).cpu() for field in range(3)
@@ -171,7 +169,7 @@ class IdentifiabilityStudy(ModelStudy):
             target_logit=logit.float().numpy(),
             top5=top.to(torch.int32).numpy(),
         )
-        path = self.subject.output / "tokens" / f"batch-{batch.number:06d}.npz"
+        path = self.config.output / "tokens" / f"batch-{batch.number:06d}.npz"
         write_atomically(path, buffer.getvalue())
 
     def tables(self) -> dict[str, list[Row]]:
@@ -207,4 +205,4 @@ class IdentifiabilityStudy(ModelStudy):
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
         from captum_classemb.studies.identifiability.figure import draw
 
-        return draw(tables[self.name], self.subject.name)
+        return draw(tables[self.name], self.config.name)

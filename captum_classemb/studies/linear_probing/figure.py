@@ -11,8 +11,6 @@ from captum_classemb.studies.panels import COLOURS, SITE_NAMES, Panel, Series, b
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw"]
-
 _READERS = {"probe_accuracy": "linear probe", "projection_accuracy": "class embedding"}
 _SITE_COLOURS = {"resid_post": "#440154", "attn_out": "#2a788e", "mlp_out": "#b8a22f"}
 

@@ -13,8 +13,6 @@ from captum_classemb.readout import ProbeHeads
 from captum_classemb.readout.placed import Place
 from captum_classemb.studies.group_means import StreamMetric
 
-__all__ = ["ProbePlan", "ProbeStatistics", "plan_probes"]
-
 #: Bytes of sums that are held at once unless something else is asked for.
 MEMORY_LIMIT = 1_000_000_000
 

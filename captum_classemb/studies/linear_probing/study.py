@@ -12,17 +12,17 @@ import click
 import torch
 from torch import Tensor, nn
 
+from captum_classemb.atomic_file import write_atomically
 from captum_classemb.data import TrainAndTest
 from captum_classemb.errors import DataError, InputError
-from captum_classemb.files import write_atomically
 from captum_classemb.functional.precision import wide
 from captum_classemb.models.names import class_names
 from captum_classemb.readout import ClassEmbedding, LinearProbe, encode_readout
 from captum_classemb.readout.probe import features_of, probe_tokens
 from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.catalogue import register_study
+from captum_classemb.runs.config import StudyConfig
 from captum_classemb.runs.processes import all_reduce
-from captum_classemb.runs.subject import Subject
+from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row, select
 from captum_classemb.studies.fitting import FITTED_SITES
 from captum_classemb.studies.linear_probing.metric import (
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from captum_classemb.data import StudyDataset
-
-__all__ = ["LinearProbingStudy"]
 
 FOLDS = 5
 _NAMED = 10
@@ -62,7 +60,7 @@ class LinearProbingStudy(ModelStudy):
     code does, while the class embedding reads them with it.
 
     Args:
-        subject: the model and how it is studied.
+        config: the model and how it is studied.
         positions: ``"all"``, or token positions like ``"0,17"``: a probe for each.
         memory_limit: MB that the sums may take; with less there are more passes.
         save_probes: also write the probes fitted on all training images, ``probes.safetensors``.
@@ -97,14 +95,14 @@ class LinearProbingStudy(ModelStudy):
 
     def __init__(
         self,
-        subject: Subject,
+        config: StudyConfig,
         positions: str | None = None,
         memory_limit: float = 1000,
         save_probes: bool = False,
     ) -> None:
-        super().__init__(subject)
-        if save_probes and subject.output is None:
-            raise InputError("save_probes needs the subject's output folder.")
+        super().__init__(config)
+        if save_probes and config.output is None:
+            raise InputError("save_probes needs an output folder.")
         self.own = features_of(self.vit.readout)
         self.depth = len(self.vit.blocks)
         self.places = [(block, site) for site in FITTED_SITES for block in range(self.depth)]
@@ -340,7 +338,7 @@ class LinearProbingStudy(ModelStudy):
 
     def _write_probes(self) -> None:
         """All classes of the model: those without images are constant, as ridge leaves them."""
-        assert self.subject.output is not None
+        assert self.config.output is not None
         probes = [probe for part in self.plan.passes for probe in part]
         weight = self.fitted.all_weight
         shape = (len(probes), self.vit.num_classes)
@@ -351,7 +349,7 @@ class LinearProbingStudy(ModelStudy):
         normed = self.variant == "corrected"
         prefix = self.vit.prefix_tokens
         readout = LinearProbe(self.vit.readout, heads, prefix, self.positions, normed)
-        write_atomically(self.subject.output / "probes.safetensors", encode_readout(readout))
+        write_atomically(self.config.output / "probes.safetensors", encode_readout(readout))
 
     def headline(self, tables: dict[str, list[Row]]) -> Sequence[Row]:
         (rows,) = tables.values()
@@ -363,7 +361,7 @@ class LinearProbingStudy(ModelStudy):
         from captum_classemb.studies.linear_probing.figure import draw
 
         (rows,) = tables.values()
-        return draw(rows, self.subject.name)
+        return draw(rows, self.config.name)
 
 
 def _positions(given: str | None) -> list[int] | None:

@@ -8,8 +8,6 @@ from torch import Tensor
 from captum_classemb.studies.group_means import StreamMetric
 from captum_classemb.studies.token_groups import GROUPS
 
-__all__ = ["STAGES", "FittedProbes", "ReadCorrectly", "Seconds"]
-
 STAGES = ("forward", "sums", "solve", "read_probes", "read_projection")
 
 

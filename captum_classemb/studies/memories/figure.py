@@ -18,8 +18,6 @@ from captum_classemb.studies.panels import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw"]
-
 _LAYERS = {"attn_out": "attention", "mlp_out": "MLP"}
 _RANDOM = "#8a8a8a"
 

@@ -18,14 +18,6 @@ from captum_classemb.studies.memories.value_vectors import (
     keys_agree,
 )
 
-__all__ = [
-    "ClassValueAgreement",
-    "KeyValueAgreement",
-    "MemoryCompositionality",
-    "ValueAgreement",
-    "random_classes",
-]
-
 
 def random_classes(target: Tensor, indices: Sequence[int], classes: int, seed: int = 0) -> Tensor:
     """Another class for every image, which depends on the seed and the image's index alone.

@@ -12,8 +12,8 @@ from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.variant import Variant
 from captum_classemb.readout import ClassEmbedding, Scale, Step
 from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.catalogue import register_study
-from captum_classemb.runs.subject import Subject
+from captum_classemb.runs.config import StudyConfig
+from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row, select
 from captum_classemb.studies.group_means import ClassContextDifference
 from captum_classemb.studies.memories.metric import (
@@ -28,8 +28,6 @@ from captum_classemb.vit import ViT, adapt, record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["MemoriesStudy"]
 
 _LAYERS = ("attn", "mlp")
 _STRONGEST = 5
@@ -82,7 +80,7 @@ class MemoriesStudy(ModelStudy):
     pixel of a patch for its mask.
 
     Args:
-        subject: the model and how it is studied.
+        config: the model and how it is studied.
 
     Raises:
         UnsupportedModelError: if the classifier is no single matrix.
@@ -90,16 +88,16 @@ class MemoriesStudy(ModelStudy):
 
     name = "memories"
 
-    def __init__(self, subject: Subject) -> None:
-        super().__init__(subject)
+    def __init__(self, config: StudyConfig) -> None:
+        super().__init__(config)
         self.depth = len(self.vit.blocks)
         self.places = [(b, f"{layer}_out") for layer in _LAYERS for b in range(self.depth)]
         self.values = self._read_values(self.vit)
-        rows, seed = len(self.places), subject.seed
+        rows, seed = len(self.places), config.seed
         self.value_agreement = ClassValueAgreement(rows, self.vit.num_classes)
         control = None
-        if subject.random_model is not None:
-            random = self._read_values(adapt(subject.random_model()))
+        if config.random_model is not None:
+            random = self._read_values(adapt(config.random_model()))
             control = torch.stack([v.agreement for v in random]).cpu()
         own = torch.stack([v.agreement for v in self.values]).cpu()
         self.value_agreement.update(own, control)
@@ -126,7 +124,7 @@ class MemoriesStudy(ModelStudy):
         ]
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "random_model": self.subject.random_model is not None}
+        return {**super().settings(), "random_model": self.config.random_model is not None}
 
     def update(self, batch: Batch) -> None:
         sites = [f"{layer}_{kind}" for layer in _LAYERS for kind in ("out", "coefficients")]
@@ -140,7 +138,7 @@ class MemoriesStudy(ModelStudy):
             tops.append(scores.top[..., 0])
         members = self.members(batch, tops[0].shape[1])
         classes = self.vit.num_classes
-        other = random_classes(batch.labels, batch.indices, classes, self.subject.seed)
+        other = random_classes(batch.labels, batch.indices, classes, self.config.seed)
         self.agreement.update(strongest, self.values, batch.labels, members)
         self.control.update(strongest, self.values, other, members)
         self.compositionality.update(strongest, self.values, torch.stack(tops), members)
@@ -178,4 +176,4 @@ class MemoriesStudy(ModelStudy):
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
         from captum_classemb.studies.memories.figure import draw
 
-        return draw(tables[self.name], self.subject.name)
+        return draw(tables[self.name], self.config.name)

@@ -10,9 +10,6 @@ from torch import Tensor
 from captum_classemb.errors import InputError
 from captum_classemb.functional.variant import Variant, check_variant
 
-__all__ = ["ValueClasses", "compositional", "keys_agree", "value_classes"]
-
-
 #: Logits held at once while all value vectors are read.
 _CHUNK = 1 << 24
 

@@ -11,8 +11,6 @@ from captum_classemb.runs.tables import Row, select
 from captum_classemb.studies.panels import COLOURS, Panel, Series, by_block, up_to_highest
 from captum_classemb.studies.perturbation import UNPERTURBED
 
-__all__ = ["RATE", "REMOVED", "draw"]
-
 #: What is removed in each pass, and the group of tokens that is left.
 REMOVED = {"without_context": (CONTEXT, "class"), "without_class": (OBJECT, "context")}
 RATE = "class_identifiability_rate"

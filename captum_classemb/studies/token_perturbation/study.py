@@ -12,8 +12,8 @@ from captum_classemb.data import OBJECT
 from captum_classemb.edit import kept_tokens, remove_tokens
 from captum_classemb.errors import InputError
 from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.catalogue import register_study
-from captum_classemb.runs.subject import Subject
+from captum_classemb.runs.config import StudyConfig
+from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row
 from captum_classemb.studies.group_means import GroupedMean
 from captum_classemb.studies.perturbation import UNPERTURBED, PerturbationStudy
@@ -22,8 +22,6 @@ from captum_classemb.vit import record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["TokenPerturbationStudy"]
 
 
 @register_study
@@ -39,7 +37,7 @@ class TokenPerturbationStudy(PerturbationStudy):
     top-left pixel of a patch for its mask.
 
     Args:
-        subject: the model and how it is studied.
+        config: the model and how it is studied.
 
     Raises:
         InputError: in the first batch, if the dataset has no masks.
@@ -47,8 +45,8 @@ class TokenPerturbationStudy(PerturbationStudy):
 
     name = "token-perturbation"
 
-    def __init__(self, subject: Subject) -> None:
-        super().__init__(subject, (UNPERTURBED, *REMOVED))
+    def __init__(self, config: StudyConfig) -> None:
+        super().__init__(config, (UNPERTURBED, *REMOVED))
         if self.variant == "paper":
             for name in REMOVED:
                 self.metrics[f"{name}/rate"] = GroupedMean(self.depth)
@@ -106,4 +104,4 @@ class TokenPerturbationStudy(PerturbationStudy):
                 yield self.row(f"{name}/{RATE}", value, found.n[1], place, "image", group)
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
-        return draw(tables[self.name], self.subject.name)
+        return draw(tables[self.name], self.config.name)

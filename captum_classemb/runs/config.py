@@ -13,8 +13,6 @@ from torch import nn
 
 from captum_classemb.functional.variant import Variant
 
-__all__ = ["Subject", "weights_digest"]
-
 
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 of every parameter and buffer: other weights have another."""
@@ -27,7 +25,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 @dataclass(frozen=True)
-class Subject:
+class StudyConfig:
     """The model that is studied, and how.
 
     Attributes:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from captum_classemb.errors import OutputError
 
-__all__ = ["write_atomically"]
-
 
 def write_atomically(path: Path, *content: bytes | memoryview) -> None:
     """Write a file so that whoever opens it finds the old content or the new, nothing between.

@@ -7,8 +7,6 @@ from typing import TypeVar
 from captum_classemb.errors import InputError
 from captum_classemb.runs.study import Study
 
-__all__ = ["register_study", "registered_studies"]
-
 _S = TypeVar("_S", bound=type[Study])
 
 _registered: dict[str, type[Study]] = {}
@@ -20,7 +18,7 @@ def register_study(study: _S) -> _S:
     The command ``captum-classemb study`` then lists it among the package's own.
 
     Args:
-        study: its constructor takes a :class:`~captum_classemb.runs.Subject`, and the values of
+        study: its constructor takes a :class:`~captum_classemb.runs.StudyConfig`, and the values of
             its ``parameters`` by name.
 
     Raises:

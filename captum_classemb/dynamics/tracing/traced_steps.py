@@ -27,8 +27,6 @@ from captum_classemb.dynamics.tracing.trace import Event, key
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.hooks import after, before, hooks_removed
 
-__all__ = ["Step", "StepKind", "find_steps", "record_steps", "watch_steps"]
-
 # Two, so that what has a batch dimension can be told from what has none.
 _TRACED_IMAGES = 2
 
@@ -36,7 +34,7 @@ StepKind = Literal["embedding", "attention", "mlp", "convolution", "pooling", "b
 
 
 @dataclass(frozen=True)
-class Step:
+class TracedStep:
     """A place where the residual stream, or a CNN's feature map, is complete.
 
     Attributes:
@@ -153,7 +151,7 @@ def _kind_of(events: Sequence[Event], smaller: bool) -> StepKind:
     return "mlp" if "linear" in kinds else "pooling"
 
 
-def find_steps(model: nn.Module, images: Tensor) -> tuple[Step, ...]:
+def find_steps(model: nn.Module, images: Tensor) -> tuple[TracedStep, ...]:
     """Name the steps of a model, from the embedding to the last block.
 
     Args:
@@ -195,8 +193,8 @@ def _reader_input(run: TracedRun, block: str) -> Tensor | None:
     return run.map_of(list(run.events[run.entered[block][0]].inputs))
 
 
-def _steps(run: TracedRun, blocks: list[str], grid: tuple[int, int]) -> tuple[Step, ...]:
-    steps = [Step("embedding", "embedding", -1, blocks[0], "input")]
+def _steps(run: TracedRun, blocks: list[str], grid: tuple[int, int]) -> tuple[TracedStep, ...]:
+    steps = [TracedStep("embedding", "embedding", -1, blocks[0], "input")]
     others = find_others(run, blocks)
     time = run.entered[blocks[0]][0]
     index = -1
@@ -213,17 +211,17 @@ def _steps(run: TracedRun, blocks: list[str], grid: tuple[int, int]) -> tuple[St
                     branch = addend
                     continue
                 kind = _kind_of(run.events[time:now], False)
-                steps.append(Step(f"{path}.{kind}", kind, index, reader, "input", addend))
+                steps.append(TracedStep(f"{path}.{kind}", kind, index, reader, "input", addend))
                 time = now
         elif not smaller:
             continue
         kind = _kind_of(run.events[time:end], smaller)
-        steps.append(Step(f"{path}.{kind}", kind, index, path, "output", branch))
+        steps.append(TracedStep(f"{path}.{kind}", kind, index, path, "output", branch))
         time, grid = end, new
     return _unique(steps)
 
 
-def _unique(steps: list[Step]) -> tuple[Step, ...]:
+def _unique(steps: list[TracedStep]) -> tuple[TracedStep, ...]:
     seen: dict[str, int] = {}
     named = []
     for step in steps:
@@ -236,7 +234,7 @@ def _unique(steps: list[Step]) -> tuple[Step, ...]:
 def watch_steps(
     model: nn.Module,
     images: Tensor,
-    steps: Sequence[Step],
+    steps: Sequence[TracedStep],
     use: Callable[[int, Tensor], None],
 ) -> None:
     """Hand on the feature maps after each step as they arise: one pass, eval mode, no gradients.
@@ -260,13 +258,13 @@ def watch_steps(
         found = as_feature_map(value, images.shape[0], size, prefix, channels_last)
         if found is None:
             raise UnsupportedModelError(
-                f"Step {steps[i].name} of {type(model).__name__} put out no feature maps for "
+                f"TracedStep {steps[i].name} of {type(model).__name__} put out no feature maps for "
                 f"images of {size[0]}×{size[1]}: give images of the size that the steps were "
                 "found with."
             )
         use(i, found)
 
-    def watch(i: int, step: Step) -> RemovableHandle:
+    def watch(i: int, step: TracedStep) -> RemovableHandle:
         module = modules[step.module]
         if step.side == "input":
             return before(module, lambda args, kwargs: hand_on(i, [*args, *kwargs.values()]))
@@ -278,7 +276,7 @@ def watch_steps(
         model(images)
 
 
-def record_steps(model: nn.Module, images: Tensor, steps: Sequence[Step]) -> list[Tensor]:
+def record_steps(model: nn.Module, images: Tensor, steps: Sequence[TracedStep]) -> list[Tensor]:
     """Keep the feature maps of :func:`watch_steps`.
 
     Returns:
