@@ -16,6 +16,7 @@ import click
 
 from captum_classemb import __version__
 from captum_classemb.errors import ClassEmbError, ClassEmbWarning
+from captum_classemb.maps_command import maps_command
 from captum_classemb.study_commands import study_group
 
 if TYPE_CHECKING:
@@ -319,6 +320,7 @@ def doctor() -> None:
 
 
 cli.add_command(study_group(debug_option))
+cli.add_command(maps_command(_METHODS, debug_option))
 
 
 def _note(message: Warning | str, *_: Any, **__: Any) -> None:

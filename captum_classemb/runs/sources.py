@@ -91,8 +91,7 @@ class ReadFiles:
         for read in self._stored():
             if read.image in wanted:
                 kept[read.image, read.file] = read
-        for read in kept.values():
-            _check(read, verify)
+        check_files(kept.values(), verify)
         self.known, self._new = kept, []
         if not self.path.exists():
             return
@@ -124,6 +123,20 @@ def _changed(file: str) -> OutputError:
     return OutputError(
         f"{file} has changed since the run read it: start the run anew in another folder."
     )
+
+
+def check_files(reads: Iterable[FileRead], verify: bool = False) -> None:
+    """See that files still hold what was read of them.
+
+    Args:
+        reads: what was read.
+        verify: read all of them again; else those whose size or time of change differs.
+
+    Raises:
+        OutputError: if one of them holds other bytes now, or is gone.
+    """
+    for read in reads:
+        _check(read, verify)
 
 
 def _check(read: FileRead, verify: bool) -> None:
