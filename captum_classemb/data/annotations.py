@@ -16,6 +16,8 @@ from captum_classemb.errors import DataError
 _ANNOTATIONS = "annotations.json"
 _KEYS = ("file", "label", "boxes", "mask", "frame")
 _ALIKE = 0.8
+# Of a path that systems take.
+_LONGEST = 1024
 
 
 def is_annotated_folder(root: Path) -> bool:
@@ -85,7 +87,7 @@ def _record(root: Path, entry: dict[str, Any], where: str, labelling: Labelling)
         if near:
             raise DataError(f"{where} has the key {key!r}: did you mean {near[0]!r}?")
     name = entry.get("file")
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not 0 < len(name) < _LONGEST:
         raise DataError(f"{where} has no file, a name relative to the folder")
     label = entry.get("label")
     if label is None and not labelling.needed:

@@ -113,7 +113,7 @@ class Labelling:
     def check(self, label: Any, what: str) -> str | None:
         """What is wrong with a label; None if it is an output of the model."""
         if type(label) is not int:
-            return f"{what} has the label {label!r}: a label is a whole number"
+            return f"{what} has the label {label!r:.40}: a label is a whole number"
         if label < 0 or label >= (self.count or 2**31):
             return f"{what} has the label {label}, and the model {self.count} classes"
         return None
@@ -147,7 +147,7 @@ class Labelling:
             return FolderLabels("WordNet id", {folder: places[folder] for folder in folders})
         rules: list[tuple[str, Callable[[str], list[int]]]] = []
         if names is not None and names.named:
-            rules = [("full class name", names.with_full_name), ("class name", names.with_name)]
+            rules = [("full class name", _by_full_name(names)), ("class name", names.with_name)]
         rules.append(("number", self._by_number))
         for rule, find in rules:
             found = {folder: find(folder) for folder in folders}
@@ -217,7 +217,7 @@ class Labelling:
                 "folders in sorted order, or give a file of labels."
             )
         for folder in folders:
-            places = names.with_full_name(folder) or names.with_name(folder)
+            places = _by_full_name(names)(folder) or names.with_name(folder)
             if len(places) > 1:
                 bearers = " and ".join(f"{place} ({names[place]})" for place in places)
                 return DataError(f"{start}: {folder} may be {bearers}; {end}.")
@@ -226,6 +226,16 @@ class Labelling:
             other = f", unlike {_some(unknown)}" if unknown else ""
             return DataError(f"{start}: some are class names{other}; {end}.")
         return DataError(f"{start}: {unknown[0]} is no class ({names.suggest(unknown[0])}); {end}.")
+
+
+def _by_full_name(names: Classes) -> Callable[[str], list[int]]:
+    """Finds the classes of a whole name, and those that bear it among others: it has to be sure."""
+
+    def find(folder: str) -> list[int]:
+        full = names.with_full_name(folder)
+        return sorted({*full, *names.with_name(folder)}) if full else []
+
+    return find
 
 
 def _one_to_one(index: Mapping[str, int], root: Path) -> Mapping[str, int]:

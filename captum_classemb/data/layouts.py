@@ -78,12 +78,13 @@ LAYOUTS: dict[str, Layout] = {
 _WITH_CLASS_FOLDERS = ("folder", "imagenet-c")
 
 
-def recognise_layout(root: Path) -> str:
+def recognise_layout(root: str | Path) -> str:
     """The name of the layout that a folder has.
 
     Raises:
         DataError: when the folder is missing or has none of the known layouts.
     """
+    root = Path(root)
     for name, layout in LAYOUTS.items():
         if (root.is_dir() or not layout.folder) and layout.recognise(root):
             return name
