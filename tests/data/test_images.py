@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from catalogue.images import png
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 from captum_classemb.data import Preprocess, find_images, read_image
+from captum_classemb.data.images import read_photograph
 from captum_classemb.errors import DataError
 
 RED, GREEN, BLUE = (250, 10, 20), (10, 240, 30), (15, 25, 245)
@@ -189,3 +191,30 @@ def test_view_is_what_the_tensor_shows() -> None:
     assert (view == RED).all()
     expected = (torch.tensor(RED) / 255 - torch.tensor(mean)) / torch.tensor(std)
     torch.testing.assert_close(preprocess.tensor(view)[:, 3, 5], expected)
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (6, 4)])
+def test_sixteen_bits_of_any_channels_are_divided_by_257(
+    colour: int, channels: int, tmp_path: Path
+) -> None:
+    """By the range of the type: two pictures of one scene keep their difference in brightness."""
+    values = np.random.default_rng(0).integers(0, 65536, (9, 7, channels), dtype=np.uint16)
+    if channels == 4:
+        values[..., 3] = 65535
+    (tmp_path / "a.png").write_bytes(png(values // 3, 16, colour))
+    read = np.asarray(read_image(tmp_path / "a.png"))
+    expected = np.rint((values // 3)[..., : min(3, channels)] / 257)
+    if channels < 4:
+        np.testing.assert_array_equal(read, np.broadcast_to(expected, read.shape))
+    else:
+        opaque = 65535 // 3 / 65535
+        np.testing.assert_allclose(read, expected * opaque + 255 * (1 - opaque), atol=1.01)
+
+
+def test_animations_give_their_first_frame_and_say_so(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, GREEN, BLUE)]
+    for kind in ("gif", "png", "tif"):
+        file = tmp_path / f"a.{kind}"
+        frames[0].save(file, save_all=True, append_images=frames[1:])
+        photo = read_photograph(file)
+        assert photo.image.getpixel((0, 0)) == RED and photo.source.frames == 3

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from captum_classemb.data import Preprocess, open_dataset, recognise_layout
+from captum_classemb.data import Preprocess, TrainAndTest, open_dataset, recognise_layout
 from captum_classemb.errors import DataError
 
 SQUASH = Preprocess(size=(16, 16), mode="squash")
@@ -268,3 +268,94 @@ def test_real_trees(assets: Path) -> None:
     box = torch.tensor([37.68, 52.68, 190.23, 202.28]) * scale
     seen = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
     assert (seen - box).abs().max() <= 0.5
+
+
+TURNS = {
+    1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "tif"])
+@pytest.mark.parametrize("frame", ["stored", "upright"])
+@pytest.mark.parametrize("given", ["boxes", "mask"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_and_masks_turn_with_their_image(
+    orientation: int, given: str, frame: str, kind: str, tmp_path: Path
+) -> None:
+    """A white rectangle is its own mask, however the camera was held."""
+    pixels = np.zeros((32, 64, 3), dtype=np.uint8)
+    pixels[8:16, 32:64] = 255
+    upright = Image.fromarray(pixels)
+    turn = TURNS[orientation]
+    stored = upright if turn is None else upright.transpose(turn)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / f"a.{kind}", exif=exif)
+    shown = stored if frame == "stored" else upright
+    rows, columns = np.nonzero(np.asarray(shown)[..., 0])
+    box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+    shown.save(tmp_path / "mask.png")
+    what = [list(map(int, box))] if given == "boxes" else "mask.png"
+    entry = {"file": f"a.{kind}", "label": 0, given: what, "frame": frame}
+    (tmp_path / "annotations.json").write_text(json.dumps([entry]))
+    sample = open_dataset(tmp_path, SQUASH)[0]
+    assert sample.mask is not None
+    assert torch.equal(sample.mask.bool(), sample.image[0] > 0)
+
+
+def test_a_box_in_another_frame_is_refused(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 32)).save(tmp_path / "a.jpg", exif=exif)
+    entry = {"file": "a.jpg", "label": 0, "boxes": [[0, 40, 20, 60]]}
+    (tmp_path / "annotations.json").write_text(json.dumps([entry]))
+    with pytest.raises(DataError, match='"frame": "upright"'):
+        open_dataset(tmp_path, SQUASH)
+    (tmp_path / "annotations.json").write_text(json.dumps([{**entry, "frame": "upright"}]))
+    assert open_dataset(tmp_path, SQUASH)[0].mask is not None
+
+
+@pytest.mark.parametrize(
+    ("stray", "message"),
+    [
+        ("stray.png", "stray.png lies in no class folder"),
+        ("0/sub/deep.png", "0/sub/deep.png lies below a class folder"),
+        ("5/", "the class folder 5 holds no image"),
+    ],
+)
+def test_what_belongs_to_no_class_is_named(stray: str, message: str, tmp_path: Path) -> None:
+    for name in ("0", "1"):
+        save_image(tmp_path / name / "a.png")
+    if stray.endswith("/"):
+        (tmp_path / stray).mkdir()
+    else:
+        save_image(tmp_path / stray)
+    with pytest.raises(DataError, match=message):
+        open_dataset(tmp_path, SQUASH, classes=10)
+    assert len(open_dataset(tmp_path, SQUASH, labelled=False)) == (2 if stray == "5/" else 3)
+
+
+def test_images_without_labels(tmp_path: Path) -> None:
+    for name in ("b.tif", "a.gif", "sub/c.webp", ".hidden.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        if not name.endswith("txt"):
+            Image.new("RGB", (8, 8)).save(tmp_path / name)
+    data = open_dataset(tmp_path, SQUASH, labelled=False)
+    assert data.layout == "images"
+    assert [data[i].name for i in range(len(data))] == ["a.gif", "b.tif", "sub/c.webp"]
+    assert data.labels == [-1, -1, -1]
+    for layout in (None, "images"):
+        with pytest.raises(DataError, match="labels|lies"):
+            open_dataset(tmp_path / "sub", SQUASH, layout)
+
+
+def test_a_training_set_of_other_folders_is_refused(tmp_path: Path) -> None:
+    for name in ("test/a", "test/b", "train/b", "train/c"):
+        save_image(tmp_path / name / "x.png")
+    test, train = (
+        open_dataset(tmp_path / part, SQUASH, None, 3, "sorted") for part in ("test", "train")
+    )
+    with pytest.raises(DataError, match="folder b is class 1 of the data and class 0"):
+        TrainAndTest(test, train)

@@ -266,3 +266,27 @@ def test_study_says_blocks_from_0(study: Callable[..., Result], tmp_path: Path) 
     printed = {line.split()[1] for line in result.output.splitlines() if "resid_post" in line}
     rows = list(csv.DictReader((tmp_path / "out/identifiability.csv").open()))
     assert printed and printed <= {row["block"] for row in rows if row["site"] == "resid_post"}
+
+
+@pytest.mark.parametrize("name", ["fourier", "variance", "cka"])
+def test_studies_that_need_no_labels_take_any_photographs(
+    name: str, study: Callable[..., Result], photos: Path, tmp_path: Path
+) -> None:
+    for number, file in enumerate(sorted(photos.rglob("*.bmp"))):
+        file.rename(photos / f"{number}.bmp")
+    for folder in ("0", "1", "2"):
+        (photos / folder).rmdir()
+    result = study("--batch-size", "4", name=name)
+    assert result.exit_code == 0, result.output
+    assert run_json(tmp_path)["settings"]["data"]["layout"] == "images"
+
+
+def test_labels_that_are_missing_are_missed_before_a_model_loads(
+    study: Callable[..., Result], photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, other in (("0", "cat"), ("1", "dog")):
+        (photos / folder).rename(photos / other)
+    monkeypatch.setattr("captum_classemb.study_commands._config", lambda _: pytest.fail("loaded"))
+    result = study()
+    assert result.exit_code == 2 and "--labels" in result.output
+    assert study("--data", "nowhere").exit_code == 2
