@@ -7,10 +7,11 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from typing import Any
 
 import torch
+
+from captum_classemb.versions import versions
 
 __all__ = ["Timing", "environment", "interleaved"]
 
@@ -74,6 +75,5 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": f"{device.type}: {name}",
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "versions": {p: version(p) for p in ("captum-classemb", "torch", "captum", "timm")},
-        "python": platform.python_version(),
+        "versions": versions(),
     }

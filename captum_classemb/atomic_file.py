@@ -29,7 +29,9 @@ def write_atomically(path: Path, *content: bytes | memoryview) -> None:
         os.replace(draft, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
+        raise OutputError(
+            f"{path} cannot be written ({error.strerror or error}): choose another place for it."
+        ) from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 
-_PACKAGES = ("captum-classemb", "captum", "torch", "timm", "torchmetrics", "numpy", "pillow")
+_PACKAGES = (
+    "captum-classemb", "torch", "captum", "timm", "torchmetrics", "numpy", "matplotlib", "pillow",
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:

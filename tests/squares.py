@@ -3,47 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import timm
 import torch
+from drawn import DrawnData, small_timm
 from torch import nn
 
-from captum_classemb.data import Sample, StudyDataset
+from captum_classemb.data import StudyDataset
 from captum_classemb.runs import Row, RunOptions, select
 
 QUIET = RunOptions(batch_size=4, progress=False)
 IMAGES, SIDE, DEPTH, CLASSES = 15, 32, 3, 12
 
 
-class Squares:
+class Squares(DrawnData):
     """Random images; the object is the left half of each, one has no mask."""
 
     layout = "squares"
+    images, side, classes = IMAGES, SIDE, CLASSES
     with_masks = IMAGES - 1
 
-    @property
-    def labels(self) -> list[int]:
-        return [i % CLASSES for i in range(IMAGES)]
-
-    def __len__(self) -> int:
-        return IMAGES
-
-    def __getitem__(self, index: int) -> Sample:
-        image = torch.randn(3, SIDE, SIDE, generator=torch.Generator().manual_seed(index))
+    def mask(self, index: int) -> torch.Tensor | None:
         mask = torch.zeros(SIDE, SIDE, dtype=torch.uint8)
         mask[:, : SIDE // 2] = 1
-        return Sample(image, index % CLASSES, None if index == 2 else mask, str(index))
-
-    def fingerprint(self) -> str:
-        return "squares"
+        return None if index == 2 else mask
 
 
 def small_vit(**changes: object) -> nn.Module:
     torch.manual_seed(1)
-    arguments = dict(
-        img_size=SIDE, patch_size=8, embed_dim=24, depth=DEPTH, num_heads=2, num_classes=CLASSES
-    )
-    model = timm.models.VisionTransformer(**{**arguments, **changes})  # type: ignore[arg-type]
+    model: Any = small_timm(**{"depth": DEPTH, "num_classes": CLASSES, **changes})
     for block in model.blocks:
         # As initialised, blocks add so little that every token keeps its class.
         nn.init.normal_(block.attn.proj.weight, std=0.3)

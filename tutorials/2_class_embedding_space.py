@@ -131,7 +131,7 @@ plt.show()
 # tokens.
 
 # %%
-from captum_classemb.studies.identifiability.residual import similarity_increases
+from captum_classemb.studies.identifiability.metric import similarity_increases
 
 rates = {}
 with torch.no_grad():

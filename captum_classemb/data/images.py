@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,8 +154,10 @@ def read_photograph(path: str | Path) -> Photograph:
     content, status = _read_bytes(path)
     try:
         with Image.open(io.BytesIO(content)) as image:
+            # Asking a PNG for its orientation decodes it, after which it knows of no 16 bits.
+            tiles = list(getattr(image, "tile", []))
             noted = _orientation(image)
-            upright, orientation = _upright(image, f"The image {path}", content)
+            upright, orientation = _upright(image, f"The image {path}", content, tiles)
             frames = _frames(image)
     except DataError:
         raise
@@ -205,9 +208,11 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return _upright(image, "The image")[0]
 
 
-def _upright(image: Image.Image, called: str, content: bytes = b"") -> tuple[Image.Image, int]:
+def _upright(
+    image: Image.Image, called: str, content: bytes = b"", tiles: Sequence[Any] = ()
+) -> tuple[Image.Image, int]:
     """The image in RGB, and by how much it still had to be turned."""
-    values = _sixteen_bits(image, content)
+    values = _sixteen_bits(image, content, tiles)
     image.load()
     orientation = _orientation(image)
     if values is not None:
@@ -229,12 +234,13 @@ def turn(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
-def _sixteen_bits(image: Image.Image, content: bytes) -> npt.NDArray[np.uint32] | None:
+def _sixteen_bits(
+    image: Image.Image, content: bytes, tiles: Sequence[Any]
+) -> npt.NDArray[np.uint32] | None:
     """H×W×(1, 3 or 4) values of 16 bits; None where the file has fewer."""
     # PNG knows 16 bits at most; Pillow before 11.3 reads them into 32.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         return np.asarray(image).astype(np.uint32)[..., None]
-    tiles: list[Any] = getattr(image, "tile", []) if content else []
     layouts = [str(tile[3] if isinstance(tile[3], str) else tile[3][0]) for tile in tiles]
     if not layouts or not all(_SIXTEEN_BITS.fullmatch(layout) for layout in layouts):
         return None

@@ -131,12 +131,3 @@ def area(removed: Tensor, curve: Tensor, tokens: int, convention: Convention) ->
     if convention == "paper":
         return paper_area(removed, curve, tokens)
     return trapezoid_area(removed, curve)
-
-
-def gap(negative: Tensor, positive: Tensor) -> Tensor:
-    """Negative area − positive area: what separates a faithful order from its reverse.
-
-    Removing the least important tokens first should keep the curve high, removing the most
-    important ones should bring it down; a random order scores about 0.
-    """
-    return negative - positive

@@ -1,4 +1,4 @@
-"""Removal curves: what a model still says as patches go, least or most important first."""
+"""Removal curves: predictions as patches are removed, least or most important first."""
 
 from __future__ import annotations
 

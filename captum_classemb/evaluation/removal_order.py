@@ -1,4 +1,4 @@
-"""What removal curves are made of: scores of patches, their order, and what the model says."""
+"""Parts of removal curves: scores of patches, their order, and measures of the prediction."""
 
 from __future__ import annotations
 

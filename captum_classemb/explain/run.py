@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +26,11 @@ from captum_classemb.models.load import load_model
 from captum_classemb.models.names import DEMO_MODEL, ClassNames, class_names
 from captum_classemb.models.readouts import open_readout
 from captum_classemb.plot.explain import MAX_TARGETS, ClassScore, PatchMaps, explanation_figure
+from captum_classemb.versions import versions
 from captum_classemb.vit import adapt
 
 _DPI = 160
 _SUFFIXES = (".png", ".npz", ".json")
-_RECORDED = ("captum-classemb", "torch", "captum", "timm", "numpy", "matplotlib", "pillow")
 
 
 @dataclass(frozen=True)
@@ -283,7 +281,7 @@ class Run:
             "readout": self._readout(),
             "identifiability": {"site": "resid_post", "blocks": "all"},
             "seed": None,
-            "versions": _versions(),
+            "versions": versions(),
         }
 
 
@@ -322,13 +320,3 @@ def _weights(model: torch.nn.Module, options: Options) -> dict[str, str]:
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     name = ".".join(filter(None, (config.get("architecture"), config.get("tag"))))
     return {"source": "timm", "name": name or options.model}
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _RECORDED:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -7,9 +7,7 @@ import gzip
 import html
 import io
 import json
-import os
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from captum_classemb.atomic_file import write_atomically
 from captum_classemb.data.marks import is_marked
 from captum_classemb.errors import OutputError
 from captum_classemb.explorer.contents import Contents, lighter
@@ -56,19 +55,7 @@ class ExplorerPage:
         path = Path(path)
         if not overwrite and path.exists() and not is_marked(path):
             raise OutputError(f"{path} is no page of captum-classemb: choose another place.")
-        draft = path.with_name(f".classemb.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_text(self.document, encoding="utf-8")
-            os.replace(draft, path)
-        except OSError as error:
-            raise OutputError(
-                f"The page {path} cannot be written ({error.strerror or error}): "
-                "choose another place for it."
-            ) from error
-        finally:
-            with suppress(OSError):
-                draft.unlink()
+        write_atomically(path, self.document.encode())
 
     def _repr_html_(self) -> str:
         # A frame of its own, so that neither the notebook's styles nor the page's leak.

@@ -75,7 +75,7 @@ def batch_plan(images: Sequence[int], batch_size: int) -> list[list[int]]:
 
 
 class _Guarded(Dataset[Any]):
-    """Errors travel as values: a worker process would bury them in its traceback."""
+    """Returns errors as values: a worker process would hide them in its traceback."""
 
     def __init__(self, data: StudyDataset) -> None:
         self.data = data

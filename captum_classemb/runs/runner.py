@@ -84,7 +84,7 @@ class RunOptions:
 
 @dataclass
 class StudyResult:
-    """What a study found.
+    """The result of a study.
 
     Attributes:
         tables: rows by table name.
@@ -162,7 +162,7 @@ def run_study(
                 tqdm.write(notice, file=sys.stderr)
         checkpoints = Checkpoints(output / _CHECKPOINTS, get_rank())
         files = ReadFiles(output / _CHECKPOINTS, get_rank())
-        _stream(study, data, plan, (checkpoints, files), options, torch.device(device))
+        _run_passes(study, data, plan, (checkpoints, files), options, torch.device(device))
         study.metrics.cpu()
         reads = all_gather(list(files.known.values()))
         why = {read.image: read.refused for read in reads if read.refused}
@@ -200,7 +200,7 @@ def _plan(study: Study, data: StudyDataset, options: RunOptions) -> list[list[li
     return [batch_plan(part, options.batch_size) for part in study.passes(data, images)]
 
 
-def _stream(
+def _run_passes(
     study: Study,
     data: StudyDataset,
     plan: Sequence[Sequence[list[int]]],
@@ -270,7 +270,7 @@ def _stream(
 def _restore(
     study: Study, checkpoints: Checkpoints, resume: bool, device: torch.device
 ) -> tuple[int, int]:
-    """Go back to where all processes were: the pass, and this one's batches done in it."""
+    """Restore the last pass that all processes reached: its number, and the batches done in it."""
     stored = checkpoints.load() if resume else iter(())
     newest = next(stored, Checkpoint(0, 0, {}))
     number = _least(newest.number)

@@ -24,7 +24,7 @@ _DIGEST_LENGTH = 64
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock file; the system lets go of it when the process ends, however it ends.
+    """Hold a lock file, which the system releases when the process ends, even if it is killed.
 
     Raises:
         OutputError: if another process holds it.
@@ -55,7 +55,7 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 class Checkpoint(NamedTuple):
-    """How far a process had come.
+    """The progress of one process.
 
     Attributes:
         number: the pass, counted from 0.

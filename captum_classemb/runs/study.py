@@ -1,4 +1,4 @@
-"""What a study is: it takes batches, keeps sums, and gives tables and figures."""
+"""The base class of studies."""
 
 from __future__ import annotations
 

@@ -11,20 +11,18 @@ from torch import Tensor, nn
 
 from captum_classemb.attr._base import choose
 from captum_classemb.errors import InputError
-from captum_classemb.readout import LinearProbe, Translator, TunedLens
+from captum_classemb.readout import ClassEmbedding, LinearProbe, Translator, TunedLens
 from captum_classemb.readout.placed import Place
 from captum_classemb.readout.probe import features_of, probe_tokens
 from captum_classemb.readout.training import LogisticTrainer, TranslatorTrainer
 from captum_classemb.studies.linear_probing.metric import (
+    FITTED_SITES,
     MEMORY_LIMIT,
     ProbeStatistics,
     plan_probes,
-    stack_heads,
+    stack_probes,
 )
 from captum_classemb.vit import Recording, ViT, adapt, record
-
-#: What readouts are fitted to unless other sites are named.
-FITTED_SITES = ("resid_post", "attn_out", "mlp_out")
 
 #: Images and labels; anything after them is passed over.
 Batches = Iterable[Sequence[Tensor]]
@@ -61,6 +59,12 @@ def _recordings(
 
 def _places(vit: ViT, sites: Sequence[str], blocks: Sequence[int] | None) -> list[Place]:
     return list(product(choose(blocks, len(vit.blocks), "block"), sites))
+
+
+def _sizes(vit: ViT, num_classes: int | None) -> tuple[ClassEmbedding, int, int]:
+    """The readout that normalises features, C and D."""
+    own = features_of(vit.readout)
+    return own, num_classes or vit.readout.num_classes, own.parts[0].head.weight.shape[1]
 
 
 def _check_positions(positions: Sequence[int] | None, tokens: Tensor) -> None:
@@ -116,9 +120,7 @@ def fit_linear_probe(
         torch.Size([1, 65, 10])
     """
     vit = adapt(model)
-    own = features_of(vit.readout)
-    classes = num_classes or vit.readout.num_classes
-    width = own.parts[0].head.weight.shape[1]
+    own, classes, width = _sizes(vit, num_classes)
     tokens = probe_tokens(vit.prefix_tokens, positions)
     plan = plan_probes(_places(vit, sites, blocks), tokens, width, classes, 1, memory_limit)
     log(str(plan))
@@ -132,7 +134,7 @@ def fit_linear_probe(
                 _check_positions(positions, hidden)
                 statistics.update(index, own.normalise(hidden[:, which]), labels)
         solved += [statistics.solve(index, alpha=alpha) for index in range(len(probes))]
-    heads = dict(stack_heads(list(chain(*plan.passes)), solved))
+    heads = dict(stack_probes(list(chain(*plan.passes)), solved))
     return LinearProbe(vit.readout, heads, vit.prefix_tokens, positions)
 
 
@@ -180,9 +182,7 @@ def fit_logistic_probe(
         torch.Size([1, 65, 10])
     """
     vit = adapt(model)
-    own = features_of(vit.readout)
-    classes = num_classes or vit.readout.num_classes
-    width = own.parts[0].head.weight.shape[1]
+    own, classes, width = _sizes(vit, num_classes)
     _again(batches, epochs)
     tokens = probe_tokens(vit.prefix_tokens, positions)
     probes = list(product(_places(vit, sites, blocks), tokens))
@@ -195,7 +195,7 @@ def fit_logistic_probe(
                 features = own.normalise(hidden[:, which])
                 trainer.slow_down(1.0 - epoch / epochs)
                 trainer.step(features.flatten(0, 1), labels.repeat_interleave(features.shape[1]))
-    heads = dict(stack_heads(probes, [trainer.head for trainer in trainers]))
+    heads = dict(stack_probes(probes, [trainer.head for trainer in trainers]))
     return LinearProbe(vit.readout, heads, vit.prefix_tokens, positions)
 
 

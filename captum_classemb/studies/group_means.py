@@ -43,7 +43,7 @@ class Means(NamedTuple):
     n: Tensor
 
 
-class StreamMetric(Metric):
+class SumMetric(Metric):
     """A metric of sums alone: it merges by addition and goes on from a saved state."""
 
     full_state_update = False
@@ -54,7 +54,7 @@ class StreamMetric(Metric):
         return True
 
 
-class GroupedMean(StreamMetric):
+class GroupedMean(SumMetric):
     """The mean of R token-wise quantities over each group of tokens.
 
     Args:
@@ -106,7 +106,7 @@ class Difference(NamedTuple):
     n: int
 
 
-class ClassContextDifference(StreamMetric):
+class ClassContextDifference(SumMetric):
     """The difference between class and context tokens and how likely chance gives it.
 
     The sums of all random sign assignments are kept, not the images' differences, so memory does

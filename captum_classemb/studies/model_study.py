@@ -16,8 +16,8 @@ from captum_classemb.runs.batches import Batch
 from captum_classemb.runs.config import StudyConfig
 from captum_classemb.runs.study import Study
 from captum_classemb.runs.tables import Row
+from captum_classemb.studies.class_identifiability import Identifiability
 from captum_classemb.studies.group_means import ClassContextDifference, Means
-from captum_classemb.studies.identifiability.metric import Identifiability
 from captum_classemb.studies.token_groups import GROUPS, membership
 from captum_classemb.studies.token_reader import TokenReader
 from captum_classemb.vit import ViT, adapt

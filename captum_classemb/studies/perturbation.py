@@ -1,4 +1,4 @@
-"""What studies of perturbed forward passes have in common: each pass counted beside the others."""
+"""The base class of studies that compare perturbed forward passes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from captum_classemb.edit.tokens import refuse_class_attention
 from captum_classemb.runs.config import StudyConfig
 from captum_classemb.runs.tables import Row, select
-from captum_classemb.studies.identifiability.metric import Accuracy, ClassIdentifiability
+from captum_classemb.studies.class_identifiability import Accuracy, ClassIdentifiability
 from captum_classemb.studies.model_study import ModelStudy
 from captum_classemb.vit import Recording
 

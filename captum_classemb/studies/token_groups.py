@@ -1,4 +1,4 @@
-"""Which tokens a number is the mean of: CLS, or the image's, or those of the object or not."""
+"""Groups of tokens: CLS, image tokens, and those on and off the object."""
 
 from __future__ import annotations
 

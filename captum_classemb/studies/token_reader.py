@@ -30,28 +30,6 @@ class TokenScores(NamedTuple):
     matches: Tensor
 
 
-def token_scores(
-    readout: Readout,
-    tokens: Tensor,
-    target: Tensor,
-    top: int = 1,
-    reference: Tensor | None = None,
-) -> TokenScores:
-    """Rank and logit of the target, and the best classes, of every token.
-
-    Args:
-        readout: from tokens to logits.
-        tokens: hidden states, B×N×D.
-        target: class indices, B.
-        top: K, how many of the best classes are kept; to find them costs more than the ranks.
-        reference: one class for each token, B×N, which is compared with the best one.
-
-    Raises:
-        NonFiniteError: if a target's logit is NaN or infinite.
-    """
-    return TokenReader(readout).scores(tokens, target, top, reference)
-
-
 class TokenReader:
     """Reads the tokens of many sites with one readout, in memory that is taken once.
 
@@ -71,19 +49,29 @@ class TokenReader:
             self.matrix, self.bias = head.weight.T.contiguous(), head.offset()
             both = (readout.token_norm, readout.pooled_norm)
             self.norms = [norm for norm in both if norm is not None]
-        self._held = torch.empty(0)
+        self._buffer = torch.empty(0)
 
-    def _buffer(self, rows: int, like: Tensor) -> Tensor:
+    def _logits_buffer(self, rows: int, like: Tensor) -> Tensor:
         """The same memory for every chunk of every site: it stays in the cache."""
-        shape, held = (rows, self.readout.num_classes), self._held
-        if held.shape != shape or held.dtype != like.dtype or held.device != like.device:
-            self._held = torch.empty(shape, dtype=like.dtype, device=like.device)
-        return self._held
+        shape, last = (rows, self.readout.num_classes), self._buffer
+        if last.shape != shape or last.dtype != like.dtype or last.device != like.device:
+            self._buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
+        return self._buffer
 
     def scores(
         self, tokens: Tensor, target: Tensor, top: int = 1, reference: Tensor | None = None
     ) -> TokenScores:
-        """As :func:`token_scores`."""
+        """Rank and logit of the target, and the best classes, of every token.
+
+        Args:
+            tokens: hidden states, B×N×D.
+            target: class indices, B.
+            top: K, how many of the best classes are kept; to find them costs more than the ranks.
+            reference: one class for each token, B×N, which is compared with the best one.
+
+        Raises:
+            NonFiniteError: if a target's logit is NaN or infinite.
+        """
         shape = tokens.shape[:2]
         own = target[:, None].expand(shape).flatten()
         other = own if reference is None else reference.flatten()
@@ -133,12 +121,12 @@ class TokenReader:
         bias = None if self.bias is None else self.bias.to(tokens.device, kind)
         # Chunks of the same size, so that none is left with a few rows.
         size = -(-len(flat) // -(-len(flat) // size))
-        held = self._buffer(size, matrix)
+        buffer = self._logits_buffer(size, matrix)
         for start in range(0, len(flat), size):
             features = flat[start : start + size].to(kind)
             for norm in self.norms:
                 features = _normalise(norm, features)
-            logits = torch.mm(features, matrix, out=held[: len(features)])
+            logits = torch.mm(features, matrix, out=buffer[: len(features)])
             if bias is not None:
                 logits.add_(bias)
             yield slice(start, start + len(features)), logits
@@ -165,8 +153,8 @@ def target_logits(readout: Readout, tokens: Tensor, target: Tensor) -> Tensor:
 
 def chunk_rows(num_classes: int, device: torch.device) -> int:
     """How many tokens' logits are held at once: what a cache holds, or what fills a GPU."""
-    held = 1 << 22 if device.type == "cpu" else 1 << 28
-    rows = held // (4 * num_classes)
+    size = 1 << 22 if device.type == "cpu" else 1 << 28
+    rows = size // (4 * num_classes)
     # Products of a few rows are slow; and matrix products like whole tiles.
     return max(256, rows - rows % 32)
 

@@ -6,12 +6,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import timm
 import torch
+from drawn import DrawnData, small_timm
 from safetensors.torch import save_file
 from torch import nn
 
-from captum_classemb.data import Sample
 from captum_classemb.dynamics.alternet import AlterNet
 from captum_classemb.dynamics.studies.corruption_robustness import RobustnessStudy
 from captum_classemb.dynamics.studies.curvature import (
@@ -27,23 +26,13 @@ IMAGES, SIDE, CLASSES = 10, 32, 4
 OPTIONS = RunOptions(batch_size=5, progress=False)
 
 
-class Noise:
+class Noise(DrawnData):
     layout = "noise"
-    with_masks = 0
+    images, side, classes = IMAGES, SIDE, CLASSES
 
-    @property
-    def labels(self) -> list[int]:
-        return [i % CLASSES for i in range(IMAGES)]
-
-    def __len__(self) -> int:
-        return IMAGES
-
-    def __getitem__(self, index: int) -> Sample:
-        image = torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(index))
-        return Sample(2 * image - 1, index % CLASSES, None, str(index))
-
-    def fingerprint(self) -> str:
-        return "noise"
+    def pixels(self, index: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(index)
+        return 2 * torch.rand(3, SIDE, SIDE, generator=generator) - 1
 
 
 def configured(model: nn.Module) -> nn.Module:
@@ -54,11 +43,7 @@ def configured(model: nn.Module) -> nn.Module:
 
 
 def vit() -> nn.Module:
-    return configured(
-        timm.models.VisionTransformer(
-            img_size=SIDE, patch_size=8, embed_dim=12, depth=2, num_heads=2, num_classes=CLASSES
-        )
-    )
+    return configured(small_timm(embed_dim=12, num_classes=CLASSES))
 
 
 def cnn() -> nn.Module:

@@ -176,11 +176,14 @@ def test_two_processes_give_the_same_tables(tmp_path: Path) -> None:
     for run in ("one", "two"):
         save_checkpoints(model, tmp_path / run / "checkpoints", (2.0, 1.0))
     program = str(Path(__file__).with_name("small_models.py"))
+    tests = Path(__file__).parents[1]
+    paths = os.pathsep.join(map(str, (tests.parent, tests)))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for run, start in (("one", []), ("two", launcher)):
         subprocess.run(
             [sys.executable, *start, program, str(tmp_path / run)],
-            check=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=True, timeout=180, env=environment,
         )  # fmt: skip
     for make in every_study(model, tmp_path / "one" / "checkpoints"):
         name = make().name

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from captum_classemb.errors import InputError, NonFiniteError
-from captum_classemb.evaluation.areas import area, gap, paper_area, removal_counts, trapezoid_area
+from captum_classemb.evaluation.areas import area, paper_area, removal_counts, trapezoid_area
 
 share = st.floats(0, 1, allow_nan=False, width=32)
 
@@ -53,12 +53,11 @@ def test_removal_counts_run_from_none_to_all_in_even_steps(n: int, data: st.Data
     assert steps.min() >= 1 and steps.max() - steps.min() <= 1
 
 
-def test_a_higher_curve_has_a_larger_trapezoid_area_and_the_gap_is_signed() -> None:
+def test_a_higher_curve_has_a_larger_trapezoid_area() -> None:
     removed = removal_counts(10, 3)
     high, low = torch.tensor([[1.0, 0.9, 0.0], [1.0, 0.1, 0.0]])
     areas = trapezoid_area(removed, torch.stack([high, low]))
     assert areas.tolist() == pytest.approx([0.7, 0.3])
-    assert gap(areas[0], areas[1]).item() == pytest.approx(0.4)
 
 
 def test_refusals_say_what_is_wrong() -> None:

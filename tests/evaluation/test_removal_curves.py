@@ -9,8 +9,8 @@ from typing import Any
 import families
 import numpy as np
 import pytest
-import timm
 import torch
+from drawn import small_timm
 from masking import logits_without
 from torch import Tensor, nn
 
@@ -24,9 +24,7 @@ from captum_classemb.vit import adapt
 
 def model(**options: Any) -> nn.Module:
     torch.manual_seed(0)
-    vit: nn.Module = timm.models.VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=4, **options
-    )
+    vit = small_timm(num_heads=3, num_classes=4, **options)
     for parameter in vit.parameters():
         nn.init.normal_(parameter, std=0.3)
     return vit.double().eval()
@@ -116,20 +114,8 @@ def test_both_orders_meet_at_both_ends(perturbation: Any) -> None:
 
 def test_an_oracle_is_near_the_top_its_reverse_near_the_bottom_and_chance_between() -> None:
     """A model that adds up known evidence of its patches: the evidence is the perfect map."""
-    vit = (
-        timm.models.VisionTransformer(
-            img_size=32,
-            patch_size=8,
-            embed_dim=24,
-            depth=1,
-            num_heads=3,
-            num_classes=2,
-            global_pool="avg",
-            class_token=False,
-        )
-        .double()
-        .eval()
-    )
+    options = {"num_heads": 3, "num_classes": 2, "global_pool": "avg", "class_token": False}
+    vit: Any = small_timm(depth=1, **options).double().eval()
     with torch.no_grad():
         for block in vit.blocks:
             block.attn.proj.weight.zero_()

@@ -6,8 +6,8 @@ import copy
 
 import numpy as np
 import pytest
-import timm
 import torch
+from drawn import small_timm
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -44,9 +44,7 @@ def test_leading_dimensions_are_maps() -> None:
 
 def model() -> nn.Module:
     torch.manual_seed(0)
-    vit: nn.Module = timm.models.VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=4
-    )
+    vit = small_timm(num_classes=4)
     for parameter in vit.parameters():
         nn.init.normal_(parameter, std=0.3)
     return vit.eval()

@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from click.testing import CliRunner
+from drawn import DrawnData, small_timm
 from torch import Tensor, nn
 
 from captum_classemb.attr.baselines import CheferRelevance
 from captum_classemb.cli import cli
-from captum_classemb.data import Sample
 from captum_classemb.errors import CheckpointError, InputError, OutputError
 from captum_classemb.evaluation import BoxLocalisation, RemovalCurve
 from captum_classemb.readout import (
@@ -34,35 +33,22 @@ IMAGES, WIDTH, DEPTH, CLASSES, TOKENS = 6, 24, 2, 4, 17
 OPTIONS = RunOptions(batch_size=4, progress=False)
 
 
-class Boxes:
+class Boxes(DrawnData):
     """Random images whose object is a quarter of each; one has no mask."""
 
     layout = "boxes"
+    images = IMAGES
     with_masks = IMAGES - 1
 
-    @property
-    def labels(self) -> list[int]:
-        return [i % 4 for i in range(IMAGES)]
-
-    def __len__(self) -> int:
-        return IMAGES
-
-    def __getitem__(self, index: int) -> Sample:
-        image = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(index))
+    def mask(self, index: int) -> Tensor | None:
         mask = torch.zeros(32, 32, dtype=torch.uint8)
         mask[:16, 16:] = 1
-        return Sample(image, index % 4, None if index == 2 else mask, str(index))
-
-    def fingerprint(self) -> str:
-        return "boxes"
+        return None if index == 2 else mask
 
 
 def model(width: int = WIDTH, depth: int = DEPTH, classes: int = CLASSES) -> nn.Module:
     torch.manual_seed(1)
-    vit: nn.Module = timm.models.VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=width, depth=depth, num_heads=2, num_classes=classes
-    )
-    return vit.eval()
+    return small_timm(embed_dim=width, depth=depth, num_classes=classes).eval()
 
 
 def whole() -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from captum_classemb import ClassEmbeddingGradient, ClassEmbeddingProjection
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.studies import fit_linear_probe, fit_logistic_probe, fit_tuned_lens
-from captum_classemb.studies.token_reader import token_scores
+from captum_classemb.studies.token_reader import TokenReader
 from captum_classemb.vit import ViT, adapt, record
 
 linear_model = pytest.importorskip("sklearn.linear_model")
@@ -145,7 +145,7 @@ def test_fitted_readouts_stand_wherever_a_readout_is() -> None:
         maps = gradient.attribute_patches(pixels, target).sum((1, 2))
         classes = gradient.attribute_classes(pixels)
         torch.testing.assert_close(classes[torch.arange(2), target], maps)
-        scores = token_scores(readout.at(1, "resid_post"), hidden, target)
+        scores = TokenReader(readout.at(1, "resid_post")).scores(hidden, target)
         every = readout.at(1, "resid_post").project(hidden)
         torch.testing.assert_close(scores.target_logit, logits)
         assert torch.equal(scores.top[..., 0], every.argmax(-1))

@@ -21,7 +21,7 @@ from captum_classemb.studies import all_studies
 from captum_classemb.studies.identifiability.study import IdentifiabilityStudy
 from captum_classemb.studies.memories.metric import random_classes
 from captum_classemb.studies.memories.study import MemoriesStudy
-from captum_classemb.studies.token_reader import token_scores
+from captum_classemb.studies.token_reader import TokenReader
 from captum_classemb.study_commands import study_group
 from captum_classemb.vit import adapt, record
 
@@ -184,7 +184,9 @@ def test_saved_tokens(tmp_path: Path) -> None:
     parts = [np.load(shard) for shard in shards]
     images, labels = whole(data)
     vit = adapt(model)
-    scores = token_scores(vit.readout, record(vit, images, ["attn_out"])["attn_out"][1], labels, 5)
+    scores = TokenReader(vit.readout).scores(
+        record(vit, images, ["attn_out"])["attn_out"][1], labels, 5
+    )
     site = parts[0]["sites"].tolist().index("attn_out")
     for key, expected in (("rank", scores.rank), ("top5", scores.top)):
         found = np.concatenate([part[key][site, 1] for part in parts])

@@ -22,7 +22,7 @@ from captum_classemb.studies.identifiability.study import IdentifiabilityStudy
 from captum_classemb.studies.memories.study import MemoriesStudy
 from captum_classemb.studies.memories.value_vectors import compositional
 from captum_classemb.studies.token_perturbation.study import TokenPerturbationStudy
-from captum_classemb.studies.token_reader import token_scores
+from captum_classemb.studies.token_reader import TokenReader
 from captum_classemb.vit import adapt, record
 
 #: Another build moves logits by up to 2e-4: within this the order is not certain.
@@ -89,7 +89,9 @@ def test_positions_logits_and_best_classes(
         assert torch.equal(right, published(golden, "accuracy", batch).bool())
         for block in range(12):
             for key, site in SITES.items():
-                scores = token_scores(vit.readout, recording[site][block], batch.labels, top=5)
+                scores = TokenReader(vit.readout).scores(
+                    recording[site][block], batch.labels, top=5
+                )
                 logits = vit.readout.project(recording[site][block])
                 position = published(golden, f"pos/{key}_{block}", batch)
                 check_ranks(scores.rank, logits, batch.labels, position)

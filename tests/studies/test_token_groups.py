@@ -10,14 +10,14 @@ from captum_classemb.errors import InputError, NonFiniteError
 from captum_classemb.functional.identifiability import identifiability, rank
 from captum_classemb.readout import ClassEmbedding, Linear, Norm, Part, Readout
 from captum_classemb.studies import token_reader as projection
+from captum_classemb.studies.class_identifiability import Accuracy, ClassIdentifiability
 from captum_classemb.studies.group_means import ClassContextDifference, GroupedMean
-from captum_classemb.studies.identifiability.metric import Accuracy, ClassIdentifiability
-from captum_classemb.studies.identifiability.residual import (
+from captum_classemb.studies.identifiability.metric import (
     ClassSimilarityChangeRate,
     ResidualComposition,
 )
 from captum_classemb.studies.token_groups import membership
-from captum_classemb.studies.token_reader import target_logits, token_scores
+from captum_classemb.studies.token_reader import TokenReader, target_logits
 
 B, H, W, P, R = 5, 2, 3, 2, 4
 N = P + H * W
@@ -186,7 +186,7 @@ def test_token_scores(top: int, rows: int, kind: str, monkeypatch: pytest.Monkey
     readout = matrix if kind == "any" else class_embedding(weight, kind == "bias", kind == "norm")
     tokens, target = torch.randn(B, N, 6), torch.randint(0, 11, (B,))
     reference = torch.randint(0, 11, (B, N))
-    scores = token_scores(readout, tokens, target, top, reference)
+    scores = TokenReader(readout).scores(tokens, target, top, reference)
     logits = readout.project(tokens)
     reference_best = logits.argmax(-1) == reference
     expected = rank(logits, target[:, None].expand(B, N))
@@ -194,7 +194,7 @@ def test_token_scores(top: int, rows: int, kind: str, monkeypatch: pytest.Monkey
     assert torch.equal(scores.top, logits.topk(top).indices)
     assert torch.equal(scores.matches, reference_best) and reference_best.any()
     torch.testing.assert_close(scores.target_logit, readout.project(tokens, target))
-    assert token_scores(readout, tokens, target).matches.numel() == 0
+    assert TokenReader(readout).scores(tokens, target).matches.numel() == 0
 
 
 @pytest.mark.parametrize("kind", ["any", "plain", "bias", "norm"])
@@ -212,12 +212,13 @@ def test_target_logits(kind: str) -> None:
 def test_half_precision_tokens_are_ranked_in_float32() -> None:
     readout = class_embedding(torch.randn(11, 6), bias=True, norm=True)
     tokens, target = torch.randn(B, N, 6).bfloat16(), torch.randint(0, 11, (B,))
-    half, single = (token_scores(readout, x, target) for x in (tokens, tokens.float()))
+    half, single = (TokenReader(readout).scores(x, target) for x in (tokens, tokens.float()))
     assert torch.equal(half.rank, single.rank) and half.target_logit.dtype == torch.float32
 
 
 def test_token_scores_count_ties_against_the_target_and_refuse_nan() -> None:
-    scores = token_scores(Matrix(torch.zeros(4, 2)), torch.ones(1, 1, 2), torch.tensor([2]))
+    target = torch.tensor([2])
+    scores = TokenReader(Matrix(torch.zeros(4, 2))).scores(torch.ones(1, 1, 2), target)
     assert scores.rank.item() == 3
     with pytest.raises(NonFiniteError, match="NaN or infinite"):
-        token_scores(Matrix(torch.ones(4, 2)), torch.full((1, 1, 2), torch.nan), torch.tensor([2]))
+        TokenReader(Matrix(torch.ones(4, 2))).scores(torch.full((1, 1, 2), torch.nan), target)

@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from mpl_toolkits.mplot3d import Axes3D
 
-from captum_classemb.dynamics.figures.profiles import COLOURS, MARKERS, tidy
+from captum_classemb.dynamics.figures.profiles import COLOURS, model_line, tidy
 
 Floats = npt.NDArray[np.floating]
 
@@ -124,10 +124,7 @@ def polar_path(axis: Axes, paths: Mapping[str, tuple[Floats, Floats]], title: st
         title: of the axis.
     """
     for i, (name, (radius, angle)) in enumerate(paths.items()):
-        axis.plot(
-            angle, radius, color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % 5], markersize=4.5,
-            linewidth=1.5, label=name, markeredgecolor="white", markeredgewidth=0.5,
-        )  # fmt: skip
+        model_line(axis, i, name, angle, radius, linewidth=1.5)
     widest = max(float(np.max(angle)) for _, angle in paths.values())
     farthest = max(float(np.max(radius)) for radius, _ in paths.values())
     half = max(np.pi / 2, np.ceil(widest / (np.pi / 6)) * np.pi / 6)
@@ -157,10 +154,7 @@ def robustness_lines(axis: Axes, values: Mapping[str, Floats], label: str, title
         colour = COLOURS[i % len(COLOURS)]
         x = np.arange(1, table.shape[1] + 1)
         axis.fill_between(x, table.min(0), table.max(0), color=colour, alpha=0.12, linewidth=0)
-        axis.plot(
-            x, table.mean(0), color=colour, marker=MARKERS[i % 5], markersize=5, linewidth=1.8,
-            label=name, markeredgecolor="white", markeredgewidth=0.5,
-        )  # fmt: skip
+        model_line(axis, i, name, x, table.mean(0), markersize=5, linewidth=1.8)
     axis.set_xticks(x)
     axis.set_xlabel("severity of the corruption")
     axis.set_ylabel(label)
@@ -186,11 +180,7 @@ def by_epoch(
         log: draw the values on a logarithmic axis.
     """
     for i, (name, (epochs, values)) in enumerate(lines.items()):
-        axis.plot(
-            epochs, values, color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % 5],
-            markersize=4.5, linewidth=1.6, label=name, markeredgecolor="white",
-            markeredgewidth=0.5,
-        )  # fmt: skip
+        model_line(axis, i, name, epochs, values)
     axis.set_xlabel("epoch")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_ylabel(label)

@@ -26,7 +26,7 @@ KIND_COLOURS: Mapping[str, str] = {
 _NAMES = {"mlp": "MLP"}
 #: Colours of models: told apart in grey and by colour-blind readers.
 COLOURS = ("#31688e", "#b5367a", "#1f9e6e", "#c98a00", "#5c4b8a")
-MARKERS = ("D", "o", "s", "^", "v")
+_MARKERS = ("D", "o", "s", "^", "v")
 
 
 def _depth_map() -> ListedColormap:
@@ -41,6 +41,23 @@ def _pi_axis(axis: Axes) -> None:
     axis.set_xticks([0, np.pi / 4, np.pi / 2, 3 * np.pi / 4, np.pi])
     axis.set_xticklabels(["0", "π/4", "π/2", "3π/4", "π"])
     axis.set_xlabel("frequency (radians per cell)")
+
+
+def model_line(
+    axis: Axes,
+    index: int,
+    name: str,
+    x: npt.ArrayLike,
+    y: npt.ArrayLike,
+    markersize: float = 4.5,
+    linewidth: float = 1.6,
+) -> None:
+    """Draw the line of one of several models, in the colour and with the marker of its index."""
+    axis.plot(
+        x, y, color=COLOURS[index % len(COLOURS)], marker=_MARKERS[index % len(_MARKERS)],
+        markersize=markersize, linewidth=linewidth, label=name, markeredgecolor="white",
+        markeredgewidth=0.5,
+    )  # fmt: skip
 
 
 def tidy(axis: Axes) -> None:
@@ -102,11 +119,7 @@ def depth_profile(
         shade = KIND_COLOURS.get(kinds[i], "#ffffff")
         axis.axvspan((i - 1) / last, i / last, color=shade, alpha=0.55, linewidth=0)
     for i, (name, line) in enumerate(values.items()):
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        axis.plot(
-            np.arange(len(line)) / last, line, color=colour, marker=marker, markersize=4.5,
-            linewidth=1.6, label=name, markeredgecolor="white", markeredgewidth=0.5,
-        )  # fmt: skip
+        model_line(axis, i, name, np.arange(len(line)) / last, line)
     axis.set_xlim(-0.01, 1.01)
     axis.set_xlabel("normalised depth")
     axis.set_ylabel(label)
@@ -141,11 +154,7 @@ def frequency_noise_lines(
     """
     for i, (name, values) in enumerate(accuracies.items()):
         decline = 100 * (np.asarray(values)[1:] - np.asarray(values)[0])
-        axis.plot(
-            frequencies, decline, color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % 5],
-            markersize=5, linewidth=1.8, label=name, markeredgecolor="white",
-            markeredgewidth=0.5,
-        )  # fmt: skip
+        model_line(axis, i, name, frequencies, decline, markersize=5, linewidth=1.8)
     _pi_axis(axis)
     tidy(axis)
     axis.set_xlabel("frequency of the noise (radians per pixel)")

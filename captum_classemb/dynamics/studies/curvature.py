@@ -45,7 +45,7 @@ def _by_batch(eigenvalues: Tensor, count: int) -> Tensor:
 
 
 class LossStudy(DynamicsStudy):
-    """A study of the training loss: of augmented images, with L2, as the paper insists.
+    """A study of the training loss: of augmented images and with L2, as in the paper.
 
     Args:
         config: the model and how it is studied.

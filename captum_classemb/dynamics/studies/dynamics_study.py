@@ -77,7 +77,7 @@ class DynamicsStudy(Study):
 
 
 class OtherModel(nn.Module):
-    """A second model that sees the images of the first one, normalised as it wants them.
+    """A second model that reads the images of the first one, normalised for itself.
 
     Args:
         config: the first model.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy as np
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from captum_classemb.dynamics.depth import DepthMetrics, sign_agreement
 from captum_classemb.dynamics.fourier import FourierAmplitude
 from captum_classemb.dynamics.studies.dynamics_study import DynamicsStudy, numbers, one_axis
+from captum_classemb.dynamics.tracing.traced_steps import StepKind
 from captum_classemb.dynamics.variance import FeatureMapVariance
 from captum_classemb.runs.batches import Batch
 from captum_classemb.runs.config import StudyConfig
@@ -20,8 +22,46 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+class DepthStudy(DynamicsStudy):
+    """A study of one metric after every step of the model.
+
+    Attributes:
+        quantity: what the signs of its changes are said of, in the names of metrics.
+    """
+
+    labelled = False
+    quantity: ClassVar[str]
+
+    def __init__(
+        self, config: StudyConfig, metric: type[FourierAmplitude] | type[FeatureMapVariance]
+    ) -> None:
+        super().__init__(config)
+        self.depth = DepthMetrics(
+            config.model,
+            {self.name: lambda: metric(self.variant)},
+            self.example(),
+        )
+        self.metrics = nn.ModuleDict({"depth": self.depth})
+
+    def update(self, batch: Batch) -> None:
+        self.depth.update(batch.images)
+
+    def agreement_rows(self, values: list[float]) -> Iterator[Row]:
+        """How often attention lowers the quantity, and MLPs and convolutions raise it."""
+        kinds: tuple[StepKind, ...] = ("attention", "mlp", "convolution")
+        for kind in kinds:
+            rises = kind != "attention"
+            found = sign_agreement(self.depth.steps, values, kind, rises)
+            if found.steps:
+                name = f"share_{'raising' if rises else 'lowering'}_{self.quantity}"
+                yield self.row(name, found.agreeing / found.steps, found.steps, -1, kind)
+
+    def headline(self, tables: dict[str, list[Row]]) -> list[Row]:
+        return [row for row in tables[self.name] if row.metric.startswith("share")]
+
+
 @register_study
-class FourierStudy(DynamicsStudy):
+class FourierStudy(DepthStudy):
     """High-frequency amplitude of feature maps by depth: does attention lower it, do MLPs raise it?
 
     Variants: ``"paper"`` takes the diagonal of the spectrum, which stops short of the highest
@@ -29,19 +69,10 @@ class FourierStudy(DynamicsStudy):
     """
 
     name = "fourier"
-    labelled = False
+    quantity = "high_frequencies"
 
     def __init__(self, config: StudyConfig) -> None:
-        super().__init__(config)
-        self.depth = DepthMetrics(
-            config.model,
-            {"fourier": lambda: FourierAmplitude(self.variant)},
-            self.example(),
-        )
-        self.metrics = nn.ModuleDict({"depth": self.depth})
-
-    def update(self, batch: Batch) -> None:
-        self.depth.update(batch.images)
+        super().__init__(config, FourierAmplitude)
 
     def rows(self) -> list[Row]:
         lines = self.depth.compute("fourier")
@@ -53,12 +84,7 @@ class FourierStudy(DynamicsStudy):
             for frequency, value in zip(fourier.frequencies, line, strict=True):
                 name = f"delta_log_amplitude@{float(frequency):.4f}"
                 rows.append(self.row(name, value, n, step.block, step.kind))
-        for kind, rises in (("attention", False), ("mlp", True), ("convolution", True)):
-            found = sign_agreement(self.depth.steps, high, kind, rises)  # type: ignore[arg-type]
-            if found.steps:
-                name = f"share_{'raising' if rises else 'lowering'}_high_frequencies"
-                rows.append(self.row(name, found.agreeing / found.steps, found.steps, -1, kind))
-        return rows
+        return [*rows, *self.agreement_rows(high)]
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
         from matplotlib.figure import Figure
@@ -85,12 +111,9 @@ class FourierStudy(DynamicsStudy):
         depth_profile(right, kinds, high, "Δ log amplitude, highest frequency")
         return {"fourier": figure}
 
-    def headline(self, tables: dict[str, list[Row]]) -> list[Row]:
-        return [row for row in tables["fourier"] if row.metric.startswith("share")]
-
 
 @register_study
-class VarianceStudy(DynamicsStudy):
+class VarianceStudy(DepthStudy):
     """Variance of feature maps over space by depth, and the share of it that one channel carries.
 
     Variants: ``"paper"`` is the mean over channels of the variance; ``"corrected"`` the share of
@@ -98,19 +121,10 @@ class VarianceStudy(DynamicsStudy):
     """
 
     name = "variance"
-    labelled = False
+    quantity = "variance"
 
     def __init__(self, config: StudyConfig) -> None:
-        super().__init__(config)
-        self.depth = DepthMetrics(
-            config.model,
-            {"variance": lambda: FeatureMapVariance(self.variant)},
-            self.example(),
-        )
-        self.metrics = nn.ModuleDict({"depth": self.depth})
-
-    def update(self, batch: Batch) -> None:
-        self.depth.update(batch.images)
+        super().__init__(config, FeatureMapVariance)
 
     def rows(self) -> list[Row]:
         rows = []
@@ -123,12 +137,7 @@ class VarianceStudy(DynamicsStudy):
             rows.append(self.row("variance", value, n, step.block, step.kind))
             largest = variance.largest_channel()
             rows.append(self.row("largest_channel_share", largest, n, step.block, step.kind))
-        for kind, rises in (("attention", False), ("mlp", True), ("convolution", True)):
-            found = sign_agreement(self.depth.steps, values, kind, rises)  # type: ignore[arg-type]
-            if found.steps:
-                name = f"share_{'raising' if rises else 'lowering'}_variance"
-                rows.append(self.row(name, found.agreeing / found.steps, found.steps, -1, kind))
-        return rows
+        return [*rows, *self.agreement_rows(values)]
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
         from captum_classemb.dynamics.figures.profiles import depth_profile
@@ -142,6 +151,3 @@ class VarianceStudy(DynamicsStudy):
         log = self.variant == "paper"
         depth_profile(axis, [row.site for row in rows], values, label, log=log)
         return {"variance": figure}
-
-    def headline(self, tables: dict[str, list[Row]]) -> list[Row]:
-        return [row for row in tables["variance"] if row.metric.startswith("share")]

@@ -20,7 +20,7 @@ def tensors_of(value: object) -> list[Tensor]:
 
 
 class TracedRun:
-    """A traced forward pass, and what can be asked of it."""
+    """A traced forward pass and what can be derived from it."""
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         self.modules = dict(model.named_modules())

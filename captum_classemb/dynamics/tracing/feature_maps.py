@@ -25,7 +25,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def layout_of(model: nn.Module) -> tuple[int | None, bool]:
-    """What the model says of itself: number of prefix tokens, and whether channels come last."""
+    """The number of prefix tokens that the model declares, and whether its channels come last."""
     prefix: int | None = None
     channels_last = False
     for module in (model, getattr(model, "model", None)):

@@ -1,4 +1,4 @@
-"""One forward pass written down as events: which module ran, what was added, what mixed what."""
+"""A forward pass recorded as events: modules entered and left, additions, mixing operations."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class _Tracer(TorchFunctionMode):
 
 
 def trace(model: nn.Module, images: Tensor) -> list[Event]:
-    """Run ``model`` once on ``images`` B×3×H×W, without gradients, and tell what happened."""
+    """Run ``model`` once on ``images`` B×3×H×W, without gradients, and return the events."""
     tracer = _Tracer()
     handles: list[RemovableHandle] = []
 

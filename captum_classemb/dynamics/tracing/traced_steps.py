@@ -237,7 +237,7 @@ def watch_steps(
     steps: Sequence[TracedStep],
     use: Callable[[int, Tensor], None],
 ) -> None:
-    """Hand on the feature maps after each step as they arise: one pass, eval mode, no gradients.
+    """Call a function with the feature maps of each step in one pass, without gradients.
 
     Args:
         model: the model that ``steps`` were found in.

@@ -1,4 +1,4 @@
-"""What image tokens owe to each other and to CLS: attention cut off (Vilas et al. §4.2)."""
+"""Identifiability when attention to image tokens or to CLS is knocked out (Vilas et al. §4.2)."""
 
 from __future__ import annotations
 

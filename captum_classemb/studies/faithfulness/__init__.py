@@ -1,1 +1,1 @@
-"""Whether maps show what the model uses: several methods compared."""
+"""Faithfulness of attribution methods."""

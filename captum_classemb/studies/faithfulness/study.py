@@ -1,4 +1,4 @@
-"""Whether maps show what the model uses: removal curves and localisation of several methods."""
+"""Faithfulness of attribution methods: removal curves and localisation."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ _NOWHERE = (-1, "")
 
 @register_study
 class FaithfulnessStudy(ModelStudy):
-    """How the prediction fades as patches go, least or most important first, method by method.
+    """Removal curves and localisation of several attribution methods.
 
     Areas under the curves of accuracy, target probability and target logit, their gap (negative −
     positive), and, where the dataset has masks or boxes, energy inside and the pointing game.

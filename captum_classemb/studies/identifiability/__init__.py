@@ -1,1 +1,1 @@
-"""Which classes tokens stand for, block by block (Vilas et al. §4)."""
+"""Class identifiability of tokens by block (Vilas et al. §4)."""

@@ -1,108 +1,108 @@
-"""Class identifiability of tokens (Vilas et al. §4.1)."""
+"""Class similarity change rate and residual composition (Vilas et al. §4.2, §5)."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from captum_classemb.studies.group_means import StreamMetric, group_sums
-from captum_classemb.studies.token_groups import GROUPS
+from captum_classemb.functional.variant import Variant, check_variant
+from captum_classemb.studies.group_means import GroupedMean
+
+#: Where the top class of a block's output may come from.
+SOURCES = ("previous", "attention", "mlp", "none")
 
 
-class Identifiability(NamedTuple):
-    """Each R×4, over the groups of :data:`~captum_classemb.studies.token_groups.GROUPS`.
-
-    Attributes:
-        mean: of r = 1 − rank/C over tokens.
-        rate: share of tokens with r = 1.
-        images: share of images with at least one token with r = 1.
-        tokens: number of tokens, 4.
-        images_counted: number of images with a token in the group, 4.
-    """
-
-    mean: Tensor
-    rate: Tensor
-    images: Tensor
-    tokens: Tensor
-    images_counted: Tensor
-
-
-class ClassIdentifiability(StreamMetric):
-    """How high the correct class stands among the logits of tokens.
+def similarity_increases(after: Tensor, before: Tensor) -> Tensor:
+    """Whether the target's logit is higher at the output of a layer than at its input.
 
     Args:
-        rows: R, for example blocks × sites.
-        num_classes: C.
+        after: the target's logits at the output, any shape.
+        before: at the input, of the same shape.
+
+    Returns:
+        bool; its mean over tokens is the class similarity change rate.
+    """
+    return after > before
+
+
+def residual_matches(matches: Tensor, variant: Variant = "corrected") -> Tensor:
+    """Where the top class of a block's output comes from.
+
+    To the matches with its sources is added that none of them has it ("composition"). The
+    published code (``"paper"``) compares with attention twice there and never with the MLP, so
+    tokens that match the MLP alone are counted twice.
+
+    Args:
+        matches: whether the block before, attention and the MLP have the same top class as the
+            output, bool, 3×….
+        variant: ``"corrected"`` or ``"paper"``.
+
+    Returns:
+        bool, 4×…: in the order of :data:`SOURCES`.
+
+    Raises:
+        InputError: for an unknown variant.
 
     Examples:
+        >>> mlp_alone = torch.tensor([False, False, True])
+        >>> residual_matches(mlp_alone).tolist(), residual_matches(mlp_alone, "paper").tolist()
+        ([False, False, True, False], [False, False, True, True])
+    """
+    check_variant(variant)
+    compared = matches if variant == "corrected" else matches[:2]
+    return torch.cat([matches, ~compared.any(0, keepdim=True)])
+
+
+class ClassSimilarityChangeRate(GroupedMean):
+    """Share of tokens whose correct-class logit is higher at a layer's output than at its input.
+
+    Args:
+        rows: R layers.
+
+    Examples:
+        >>> import torch
         >>> from captum_classemb.studies.token_groups import membership
-        >>> metric = ClassIdentifiability(rows=1, num_classes=4)
-        >>> metric.update(torch.tensor([[[0, 2, 0]]]), membership(1, 3, prefix_tokens=1))
-        >>> metric.compute().mean[0, 1].item()
-        0.75
+        >>> metric = ClassSimilarityChangeRate(rows=1)
+        >>> before, after = torch.zeros(1, 1, 3), torch.tensor([[[1.0, -1.0, 2.0]]])
+        >>> metric.update(after, before, membership(1, 3, prefix_tokens=1))
+        >>> metric.compute().value[0, 1].item()
+        0.5
     """
 
-    ranks: Tensor
-    best: Tensor
-    found: Tensor
-    tokens: Tensor
-    images: Tensor
-
-    def __init__(self, rows: int, num_classes: int) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        # Sums of whole numbers: exact in float64 whatever the order of addition.
-        for name in ("ranks", "best", "found"):
-            zeros = torch.zeros(rows, len(GROUPS), dtype=torch.float64)
-            self.add_state(name, zeros, "sum")
-        for name in ("tokens", "images"):
-            self.add_state(name, torch.zeros(len(GROUPS), dtype=torch.int64), "sum")
-
-    def update(self, ranks: Tensor, members: Tensor) -> None:
+    def update(self, after: Tensor, before: Tensor, members: Tensor) -> None:  # type: ignore[override]
         """Take in a batch.
 
         Args:
-            ranks: number of other classes whose logit is at least the correct one's, R×B×N.
+            after: the correct class's logits at the output of each layer, R×B×N.
+            before: at its input, R×B×N.
             members: 4×B×N, of :func:`~captum_classemb.studies.token_groups.membership`.
         """
-        best = ranks == 0
-        self.ranks += group_sums(ranks, members)
-        self.best += group_sums(best, members)
-        # R×G×B: whether an image has an identifiable token in the group.
-        found = torch.einsum("rbn,gbn->rgb", best.float(), members.float()) > 0
-        self.found += found.sum(-1)
-        self.tokens += members.flatten(1).sum(1)
-        self.images += members.any(-1).sum(1)
-
-    def compute(self) -> Identifiability:
-        """Means and counts; NaN where nothing is counted."""
-        return Identifiability(
-            1.0 - self.ranks / (self.tokens * self.num_classes),
-            self.best / self.tokens,
-            self.found / self.images,
-            self.tokens,
-            self.images,
-        )
+        super().update(similarity_increases(after, before), members)
 
 
-class Accuracy(StreamMetric):
-    """Share of images that the model itself classifies correctly."""
+class ResidualComposition(GroupedMean):
+    """Share of tokens whose top class at a block's output is that of each of its sources.
 
-    correct: Tensor
-    images: Tensor
+    The rows of the result are blocks × :data:`SOURCES`: the block before, attention, the MLP,
+    none of them. In the ``"paper"`` variant the last compares with attention twice and never with
+    the MLP.
 
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("correct", "images"):
-            self.add_state(name, torch.zeros((), dtype=torch.int64), "sum")
+    Args:
+        blocks: L.
+        variant: ``"corrected"`` or ``"paper"``.
+    """
 
-    def update(self, logits: Tensor, target: Tensor) -> None:
-        """Take in a batch: logits B×C and correct classes B."""
-        self.correct += (logits.argmax(-1) == target).sum()
-        self.images += target.shape[0]
+    def __init__(self, blocks: int, variant: Variant = "corrected") -> None:
+        super().__init__(blocks * len(SOURCES))
+        self.variant = variant
 
-    def compute(self) -> tuple[Tensor, Tensor]:
-        """The share, and the number of images."""
-        return self.correct.double() / self.images, self.images
+    def update(self, matches: Tensor, members: Tensor) -> None:
+        """Take in a batch.
+
+        Args:
+            matches: whether the block before, attention and the MLP have the same top class as
+                the output of each block, bool, 3×L×B×N.
+            members: 4×B×N, of :func:`~captum_classemb.studies.token_groups.membership`.
+        """
+        found = residual_matches(matches, self.variant)
+        super().update(found.transpose(0, 1).flatten(0, 1), members)

@@ -1,4 +1,4 @@
-"""Where and how the class arises: identifiability, change rates, residual composition."""
+"""The study of identifiability, change rates and residual composition."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from captum_classemb.runs.batches import Batch
 from captum_classemb.runs.config import StudyConfig
 from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row, select
+from captum_classemb.studies.class_identifiability import Accuracy, ClassIdentifiability
 from captum_classemb.studies.group_means import ClassContextDifference, Means
-from captum_classemb.studies.identifiability.metric import Accuracy, ClassIdentifiability
-from captum_classemb.studies.identifiability.residual import (
+from captum_classemb.studies.identifiability.metric import (
     SOURCES,
     ClassSimilarityChangeRate,
     ResidualComposition,

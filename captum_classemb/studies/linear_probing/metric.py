@@ -1,4 +1,4 @@
-"""What a ridge probe needs to know of hidden states: sums, in memory that images do not change."""
+"""Sufficient statistics of ridge probes, whose size does not depend on the number of images."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch import Tensor
 from captum_classemb.functional.ridge import packed_gram, packed_size, ridge, unpack_gram
 from captum_classemb.readout import ProbeHeads
 from captum_classemb.readout.placed import Place
-from captum_classemb.studies.group_means import StreamMetric
+from captum_classemb.studies.group_means import SumMetric
 
+#: What readouts are fitted to unless other sites are named.
+FITTED_SITES = ("resid_post", "attn_out", "mlp_out")
 #: Bytes of sums that are held at once unless something else is asked for.
 MEMORY_LIMIT = 1_000_000_000
 
@@ -70,7 +72,7 @@ def plan_probes(
     return ProbePlan(passes, size * each)
 
 
-class ProbeStatistics(StreamMetric):
+class ProbeStatistics(SumMetric):
     """Gram matrices, class sums and counts of the features of some tokens, in float64.
 
     Args:
@@ -105,13 +107,13 @@ class ProbeStatistics(StreamMetric):
         self.reset()
 
     def reset(self) -> None:
-        """Start from nothing."""
+        """Set all sums to zero."""
         super().reset()
         for name, shape in self._shapes.items():
             setattr(self, name, torch.zeros(shape, dtype=torch.float64, device=self.device))
 
     def release(self) -> None:
-        """Let go of the memory until the next reset."""
+        """Free the memory of the sums until the next reset."""
         super().reset()
 
     def update(self, probe: int, features: Tensor, labels: Tensor, fold: int = 0) -> None:
@@ -151,7 +153,7 @@ class ProbeStatistics(StreamMetric):
         return [self.solve(probe) for probe in range(len(self.gram))]
 
 
-def stack_heads(
+def stack_probes(
     probes: Sequence[tuple[Place, slice]], solved: Sequence[tuple[Tensor, Tensor]]
 ) -> Iterator[tuple[Place, ProbeHeads]]:
     """The classifiers of each place side by side, float32.

@@ -24,11 +24,11 @@ from captum_classemb.runs.config import StudyConfig
 from captum_classemb.runs.processes import all_reduce
 from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row, select
-from captum_classemb.studies.fitting import FITTED_SITES
 from captum_classemb.studies.linear_probing.metric import (
+    FITTED_SITES,
     ProbeStatistics,
     plan_probes,
-    stack_heads,
+    stack_probes,
 )
 from captum_classemb.studies.linear_probing.sums import FittedProbes, ReadCorrectly, Seconds
 from captum_classemb.studies.model_study import ModelStudy
@@ -345,7 +345,7 @@ class LinearProbingStudy(ModelStudy):
         whole = weight.new_zeros(*shape, weight.shape[-1])
         bias = weight.new_full(shape, -1.0)
         whole[:, self.classes], bias[:, self.classes] = weight, self.fitted.all_bias
-        heads = dict(stack_heads(probes, list(zip(whole, bias, strict=True))))
+        heads = dict(stack_probes(probes, list(zip(whole, bias, strict=True))))
         normed = self.variant == "corrected"
         prefix = self.vit.prefix_tokens
         readout = LinearProbe(self.vit.readout, heads, prefix, self.positions, normed)

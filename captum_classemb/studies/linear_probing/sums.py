@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from captum_classemb.studies.group_means import StreamMetric
+from captum_classemb.studies.group_means import SumMetric
 from captum_classemb.studies.token_groups import GROUPS
 
 STAGES = ("forward", "sums", "solve", "read_probes", "read_projection")
 
 
-class ReadCorrectly(StreamMetric):
+class ReadCorrectly(SumMetric):
     """How many tokens are read correctly: by place and group of tokens, and by probe."""
 
     by_group: Tensor
@@ -39,7 +39,7 @@ class ReadCorrectly(StreamMetric):
         return shares[0], self.group_count, shares[1], self.probe_count
 
 
-class FittedProbes(StreamMetric):
+class FittedProbes(SumMetric):
     """The probes of this pass by fold, and those of all passes on all images."""
 
     weight: Tensor
@@ -53,13 +53,13 @@ class FittedProbes(StreamMetric):
             self.add_state(name, torch.zeros(0))
 
     def update(self) -> None:
-        """Nothing is added up here."""
+        """Not used: the study sets the states itself."""
 
     def compute(self) -> None:
-        """Nothing is asked of it."""
+        """Not used: the study reads the states itself."""
 
 
-class Seconds(StreamMetric):
+class Seconds(SumMetric):
     """How long each stage took, all processes together."""
 
     spent: Tensor

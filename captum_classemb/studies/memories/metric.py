@@ -11,7 +11,7 @@ from torch import Tensor
 
 from captum_classemb.errors import MissingExtraError
 from captum_classemb.functional.variant import Variant
-from captum_classemb.studies.group_means import GroupedMean, StreamMetric
+from captum_classemb.studies.group_means import GroupedMean, SumMetric
 from captum_classemb.studies.memories.value_vectors import (
     ValueClasses,
     compositional,
@@ -121,8 +121,8 @@ class ValueAgreement(NamedTuple):
     n: int
 
 
-class ClassValueAgreement(StreamMetric):
-    """How close a value vector comes to each class embedding: a property of weights alone.
+class ClassValueAgreement(SumMetric):
+    """The highest cosine of a value vector with each class embedding; depends on weights alone.
 
     Args:
         rows: R layers.

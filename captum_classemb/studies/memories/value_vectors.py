@@ -15,7 +15,7 @@ _CHUNK = 1 << 24
 
 
 class ValueClasses(NamedTuple):
-    """What the value vectors of one layer say, read once for a model.
+    """The classes that the value vectors of one layer stand for.
 
     Attributes:
         agreement: the highest cosine that each class embedding has with a value vector, C.
@@ -29,7 +29,7 @@ class ValueClasses(NamedTuple):
 
 
 def value_classes(class_embedding: Tensor, values: Tensor, k: int = 5) -> ValueClasses:
-    """Read all value vectors in chunks, so that C×M is never held.
+    """Project all value vectors in chunks, so that C×M logits are never in memory at once.
 
     The best ones go by the logit E·v, the agreement by the cosine.
 

@@ -1,4 +1,4 @@
-"""Whether class tokens need the context, and the context the class: tokens removed."""
+"""Identifiability of class tokens without the context, and of context tokens without the class."""
 
 from __future__ import annotations
 
