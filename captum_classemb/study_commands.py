@@ -217,13 +217,8 @@ def _config(given: dict[str, Any]) -> StudyConfig:
 
 def study_dataset(given: dict[str, Any], labelled: bool, *, say: bool) -> StudyDataset:
     """The data, before the weights are loaded: what a model reads is known without them."""
-    from captum_classemb.data import (
-        Preprocess,
-        TrainAndTest,
-        open_dataset,
-        read_labels,
-        recognise_layout,
-    )
+    from captum_classemb.data import Preprocess, TrainAndTest, open_dataset, recognise_layout
+    from captum_classemb.data.labels import read_labels
     from captum_classemb.models import class_names, load_model
 
     layout = given["layout"] or recognise_layout(given["data_path"])

@@ -23,9 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from captum_classemb.atomic_file import write_atomically
-from captum_classemb.data import UNLABELLED, StudyDataset
+from captum_classemb.data import StudyDataset
 from captum_classemb.data.images import Source, printable
 from captum_classemb.data.marks import MARK
+from captum_classemb.data.sample import UNLABELLED
 from captum_classemb.errors import DataError, InputError
 from captum_classemb.explain.compute import METHODS, PatchMethod
 from captum_classemb.explain.saved_maps import MapEntry

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from captum_classemb.data import Preprocess, find_images
-from captum_classemb.data.images import Source, printable, read_photograph
+from captum_classemb.data import Preprocess
+from captum_classemb.data.images import Source, find_images, printable, read_photograph
 from captum_classemb.data.marks import JSON_MARK, MARK, NPZ_MARK, PNG_MARK
 from captum_classemb.data.preprocess import ResizeMode
 from captum_classemb.errors import ClassEmbError, DataError, InputError

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load, save
 
-from captum_classemb.data import Preprocess, open_dataset, read_image, read_labels
+from captum_classemb.data import Preprocess, open_dataset, read_image
+from captum_classemb.data.labels import read_labels
 from captum_classemb.errors import CheckpointError, ClassEmbError, DataError
 from captum_classemb.models import class_names, demo_vit
 from captum_classemb.models.load import read_checkpoint

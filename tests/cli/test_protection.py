@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from captum_classemb.cli import cli
-from captum_classemb.data import find_images
+from captum_classemb.data.images import find_images
 from captum_classemb.data.marks import is_marked
 from captum_classemb.errors import OutputError
 from captum_classemb.explain import explore

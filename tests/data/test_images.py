@@ -12,8 +12,8 @@ from catalogue.images import png
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
-from captum_classemb.data import Preprocess, find_images, read_image
-from captum_classemb.data.images import read_photograph
+from captum_classemb.data import Preprocess, read_image
+from captum_classemb.data.images import find_images, read_photograph
 from captum_classemb.errors import DataError
 
 RED, GREEN, BLUE = (250, 10, 20), (10, 240, 30), (15, 25, 245)
