@@ -35,7 +35,7 @@ from arena_report import report
 from torch import Tensor
 from tqdm import tqdm
 
-from captum_classemb.data import PairedTransform, open_dataset
+from captum_classemb.data import Preprocess, open_dataset
 from captum_classemb.data.scenes import Scenes
 from captum_classemb.evaluation import BoxLocalisation, MaskLocalisation, removal_curves
 from captum_classemb.models import demo_vit, load_model
@@ -134,7 +134,7 @@ def photographs(
 
     net = load_model(model, checkpoint)
     config = timm.data.resolve_data_config({}, model=net)
-    dataset = open_dataset(data, PairedTransform.from_config(config, "squash"), num_classes=1000)
+    dataset = open_dataset(data, Preprocess.from_config(config, "squash"), classes=1000)
     start = {"even": 0, "odd": 1, "all": 0}[half]
     indices = list(range(start, len(dataset), 1 if half == "all" else 2))[:limit]
     samples = [dataset[i] for i in tqdm(indices, desc="reading", file=sys.stderr)]

@@ -36,7 +36,7 @@ from PIL import Image
 from timing import environment, interleaved
 from torch import Tensor, nn
 
-from captum_classemb.data import PairedTransform, Sample, StudyDataset, open_dataset
+from captum_classemb.data import Preprocess, Sample, StudyDataset, open_dataset
 from captum_classemb.models import demo_vit
 from captum_classemb.runs import RunOptions, StudyConfig, read_rows, run_study, select
 from captum_classemb.runs.batches import Batch, batch_plan, load_batches
@@ -259,7 +259,7 @@ def loader(
     """Throughput with the images read from files."""
     where = torch.device(device)
     with photographs(images) as drawn:
-        files = open_dataset(data or drawn, PairedTransform(crop_pct=0.9), num_classes=CLASSES)
+        files = open_dataset(data or drawn, Preprocess(crop_pct=0.9), classes=CLASSES)
         batches = from_files(files, batch_size, where)
         found = Contest(model, batches, where).shares(rounds, where)
     found |= {"batch_size": batch_size, "images": len(files), "environment": environment(where)}

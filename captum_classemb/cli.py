@@ -15,15 +15,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from captum_classemb import __version__
-from captum_classemb.errors import ClassEmbError
+from captum_classemb.errors import ClassEmbError, ClassEmbWarning
+from captum_classemb.maps_command import maps_command
 from captum_classemb.study_commands import study_group
 
 if TYPE_CHECKING:
+    from captum_classemb.data.preprocess import ResizeMode
     from captum_classemb.explain import Outcome
 
 __all__ = ["cli", "debug_option", "main"]
 
-_METHODS = ("importance", "projection", "gradient", "memory")
+_METHODS = (
+    "patch-importance",
+    "class-embedding-projection",
+    "class-embedding-gradient",
+    "memory-patch-importance",
+)
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _BAD_INPUT = 2
 _BUG = 1
@@ -129,7 +136,18 @@ def cli() -> None:
     "Default: the model's own classifier.",
 )
 @click.option(
-    "--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda, cuda:1, mps, ..."
+    "--resize",
+    type=click.Choice(["crop", "squash"]),
+    default="crop",
+    show_default=True,
+    help="crop: the model's own evaluation transform; squash: the whole image, resized.",
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="cpu, cuda, cuda:1, mps, ...; auto: a GPU where there is one.",
 )
 @click.option(
     "--dtype",
@@ -161,6 +179,12 @@ def cli() -> None:
     type=click.Path(path_type=Path),
     help="Write one page to explore one image instead: every block, head and class.",
 )
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Write over files of these names that this command did not write. Inputs are never "
+    "written over.",
+)
 @click.option("--quiet", is_flag=True, help="No progress bar, no table.")
 @debug_option
 @click.pass_context
@@ -172,18 +196,21 @@ def explain(
     targets: tuple[str, ...],
     methods: tuple[str, ...],
     readout: Path | None,
+    resize: ResizeMode,
     device: str,
     dtype: str,
     batch_size: int,
     output: Path,
     html: Path | None,
+    overwrite: bool,
     quiet: bool,
 ) -> None:
     """Show which patches of an image speak for a class.
 
     IMAGE is an image file or a folder; without any, a packaged image is explained. For each image
-    DIR gets a figure (.png), the maps (.npz), and what was computed on what (.json). The exit code
-    is 2 if an image could not be explained.
+    DIR gets a figure (.png), the maps (.npz), and what was computed on what (.json). Results of an
+    earlier run are written over, other files are not. The exit code is 2 if an image could not be
+    explained.
     """
     import torch
     from tqdm import tqdm
@@ -208,7 +235,10 @@ def explain(
             device=device,
             dtype=getattr(torch, dtype),
             batch_size=batch_size,
-            output=output if html is None else html.parent,
+            resize=resize,
+            output=output,
+            page=html,
+            overwrite=overwrite,
             **{key: value for key, value in given.items() if value},
         ),
         say,
@@ -219,8 +249,9 @@ def explain(
             err=True,
         )
     if html is not None:
-        outcome = write_page(run, html, progress=not quiet)
+        outcome = write_page(run, progress=not quiet)
         if not quiet:
+            _say_frames(outcome)
             _print_table([outcome], "page")
         return
     outcomes: list[Outcome] = []
@@ -237,27 +268,38 @@ def explain(
         if outcome.error is not None:
             bar.clear()
             _fail(str(outcome.error))
+        elif not quiet:
+            bar.clear()
+            _say_frames(outcome)
     if not quiet:
         _print_table([outcome for outcome in outcomes if outcome.error is None])
     if any(outcome.error is not None for outcome in outcomes):
         ctx.exit(_BAD_INPUT)
 
 
+def _say_frames(outcome: Outcome) -> None:
+    if outcome.frames > 1:
+        count = f"{outcome.path} holds {outcome.frames} images"
+        click.echo(f"Note: {count}: the first is explained.", err=True)
+
+
 def _print_table(outcomes: Sequence[Outcome], written: str = "picture") -> None:
     """A line for each image: its class, what was explained, where the picture is."""
     if not outcomes:
         return
+    from captum_classemb.data.images import printable
+
     rows = [("image", "top class", "", "explained", written)]
     for outcome in outcomes:
         best = outcome.top[0]
         explained = ", ".join(target.name for target in outcome.targets)
         rows.append(
             (
-                outcome.path.name,
+                printable(outcome.path.name),
                 best.name,
                 f"{100 * best.probability:.1f} %",
                 explained,
-                str(outcome.picture),
+                printable(str(outcome.picture)),
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -278,6 +320,11 @@ def doctor() -> None:
 
 
 cli.add_command(study_group(debug_option))
+cli.add_command(maps_command(_METHODS, debug_option))
+
+
+def _note(message: Warning | str, *_: Any, **__: Any) -> None:
+    click.echo(f"Note: {message}", err=True)
 
 
 def main() -> None:
@@ -285,4 +332,6 @@ def main() -> None:
     if not sys.warnoptions:
         # What libraries say to programmers is no news to who only runs a command.
         warnings.simplefilter("ignore")
+        warnings.simplefilter("always", ClassEmbWarning)
+        warnings.showwarning = _note
     cli(prog_name="captum-classemb")

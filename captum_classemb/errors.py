@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "CheckpointError",
     "ClassEmbError",
+    "ClassEmbWarning",
     "DataError",
     "InputError",
     "MissingExtraError",
@@ -50,6 +51,10 @@ class DataError(ClassEmbError, ValueError):
 
 class OutputError(ClassEmbError, OSError):
     """A result cannot be written."""
+
+
+class ClassEmbWarning(UserWarning):
+    """Something that a user should know of results, which are sound all the same."""
 
 
 class MissingExtraError(ClassEmbError, ImportError):

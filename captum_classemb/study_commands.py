@@ -15,8 +15,8 @@ import click
 if TYPE_CHECKING:
     from captum_classemb.data import StudyDataset
     from captum_classemb.runs.config import StudyConfig
+    from captum_classemb.runs.study import Study
     from captum_classemb.runs.tables import Row
-    from captum_classemb.studies.model_study import ModelStudy
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -45,6 +45,11 @@ def _options() -> list[click.Option]:
         click.Option(
             ["--layout"], type=click.Choice(list(LAYOUTS)),
             help="Layout of the folder. Default: recognised.",
+        ),
+        click.Option(
+            ["--labels"], metavar="FILE",
+            help="Which class each folder is: lines folder,class or a JSON object; or the word "
+            "sorted: counted in sorted order. Default: by WordNet ids, class names or numbers.",
         ),
         click.Option(
             ["--resize"], type=click.Choice(["crop", "squash"]), default="crop", show_default=True,
@@ -76,6 +81,10 @@ def _options() -> list[click.Option]:
             ["--output"], required=True, type=folder, metavar="DIR", help="Folder for the results."
         ),
         click.Option(["--resume"], is_flag=True, help="Go on with an interrupted run in DIR."),
+        click.Option(
+            ["--verify"], is_flag=True,
+            help="With --resume: read again all files that were read, to see that none changed.",
+        ),
         click.Option(["--quiet"], is_flag=True, help="No progress bar, no table."),
     ]  # fmt: skip
 
@@ -142,34 +151,45 @@ def _example(name: str) -> str:
     return f"Example: captum-classemb study {name} {options}"
 
 
-def run_command(study: type[Any], given: dict[str, Any]) -> None:
-    """Build model, dataset and study from the options, run, and print a short table."""
-    from captum_classemb.runs.processes import (
-        init_process_group,
-        is_main_process,
-        local_device,
-    )
+def run_command(study: type[Study], given: dict[str, Any]) -> None:
+    """Build dataset, model and study from the options, run, and print a short table."""
+    from captum_classemb.models.load import resolve_device
+    from captum_classemb.runs.processes import init_process_group, is_main_process, local_device
     from captum_classemb.runs.runner import RunOptions, run_study
 
     init_process_group()
     device = local_device(given["device"])
+    resolve_device(device)
+    loud = is_main_process() and not given["quiet"]
+    data = study_dataset(given, study.labelled, say=loud)
     config = _config(given)
-    data = study_dataset(given, config)
     config.model.to(device)
-    names = [parameter.name for parameter in study.parameters]
-    experiment: ModelStudy = study(config, **{name: given[name] for name in names})
+    names = [str(parameter.name) for parameter in study.parameters]
+    make: Any = study
+    experiment: Study = make(config, **{name: given[name] for name in names})
     options = RunOptions(
         batch_size=given["batch_size"],
         limit=given["limit"],
         workers=given["workers"],
         checkpoint_every=given["checkpoint_every"],
         resume=given["resume"],
+        verify=given["verify"],
         progress=not given["quiet"],
+        command={name: given[name] for name in names} | {"random_init": given["random_init"]},
     )
     result = run_study(experiment, data, given["output"], options, device)
-    if is_main_process() and not given["quiet"]:
+    if loud:
         _print_rows(experiment.headline(result.tables))
         click.echo(f"{result.images} images; all results are in {result.output}")
+    if result.refused:
+        count = len(result.refused)
+        raise ImagesRefused(f"{count} of the images could not be read: run.json names them.")
+
+
+class ImagesRefused(click.ClickException):
+    """A study that ended, but without some of its images."""
+
+    exit_code = 2
 
 
 def _config(given: dict[str, Any]) -> StudyConfig:
@@ -195,17 +215,28 @@ def _config(given: dict[str, Any]) -> StudyConfig:
     )
 
 
-def study_dataset(given: dict[str, Any], config: StudyConfig) -> StudyDataset:
-    """The dataset that the options name, together with one to fit on where a study asks for it."""
-    from captum_classemb.data import PairedTransform, TrainAndTest, data_config, open_dataset
+def study_dataset(given: dict[str, Any], labelled: bool, *, say: bool) -> StudyDataset:
+    """The data, before the weights are loaded: what a model reads is known without them."""
+    from captum_classemb.data import Preprocess, TrainAndTest, open_dataset, recognise_layout
+    from captum_classemb.data.labels import read_labels
+    from captum_classemb.models import class_names, load_model
 
-    transform = PairedTransform.from_config(data_config(config.model), given["resize"])
-    classes: Any = getattr(config.model, "num_classes", None)
-    data = open_dataset(given["data_path"], transform, given["layout"], classes)
+    layout = given["layout"] or recognise_layout(given["data_path"])
+    labels: Any = given["labels"]
+    if labels not in (None, "sorted"):
+        labels = read_labels(Path(labels))
+    model = load_model(given["model"], random_init=True, device="meta")
+    names = class_names(model)
+    transform = Preprocess.of_model(model, given["resize"])
+    data = open_dataset(given["data_path"], transform, layout, names, labels, labelled=labelled)
+    folders = getattr(data, "folders", None)
+    if say and folders is not None:
+        click.echo(folders.summary(names), err=True)
     if "train_data" not in given:
         return data
     if given["train_data"] is not None:
-        return TrainAndTest(data, open_dataset(given["train_data"], transform, None, classes))
+        train = open_dataset(given["train_data"], transform, None, names, labels)
+        return TrainAndTest(data, train)
     own = getattr(data, "training", None)
     return data if own is None else TrainAndTest(data, own())
 

@@ -18,7 +18,7 @@ from captum_classemb import (
     MemoryPatchImportance,
     PatchImportance,
 )
-from captum_classemb.data.images import Preprocess, read_image
+from captum_classemb.data import Preprocess, read_image
 from captum_classemb.models import DEMO_CLASSES, demo_image_paths, demo_vit
 from captum_classemb.plot import DIVERGING, overlay_map
 from captum_classemb.vit import adapt, record

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from captum_classemb.explain import METHODS
 from captum_classemb.explorer import ExplorerPage
 from captum_classemb.explorer.contents import Contents, LedgerEntries, MethodMaps
 from captum_classemb.explorer.quantise import quantise
@@ -22,8 +23,8 @@ def noise(
     rng = np.random.default_rng(0)
     patches, focus = side * side, min(9, classes)
     methods = []
-    for key in ("importance", "projection", "gradient", "memory"):
-        columns = 1 if key == "projection" else heads + 1
+    for key in METHODS:
+        columns = 1 if key == "class-embedding-projection" else heads + 1
         parts = rng.normal(size=(detailed, blocks, columns, side, side))
         methods.append(
             MethodMaps(

@@ -24,7 +24,7 @@ import os
 import matplotlib.pyplot as plt
 import torch
 
-from captum_classemb.data.images import Preprocess, read_image
+from captum_classemb.data import Preprocess, read_image
 from captum_classemb.models import class_names, demo_image_paths, load_model
 
 name = os.environ.get("CLASSEMB_MODEL", "demo_vit")

@@ -24,7 +24,7 @@ import os
 import matplotlib.pyplot as plt
 import torch
 
-from captum_classemb.data import PairedTransform, data_config, open_dataset, patch_mask
+from captum_classemb.data import Preprocess, data_config, open_dataset, patch_mask
 from captum_classemb.models import class_names, load_model
 from captum_classemb.vit import adapt, record
 
@@ -35,7 +35,7 @@ name = os.environ.get("CLASSEMB_MODEL", "demo_vit")
 model = load_model(name, os.environ.get("CLASSEMB_CHECKPOINT"))
 names = class_names(model)
 config = data_config(model)
-transform = PairedTransform.from_config(config, "squash")
+transform = Preprocess.from_config(config, "squash")
 data = open_dataset(os.environ.get("CLASSEMB_DATA", "scenes"), transform, None, len(names))
 
 count = min(len(data), 200 if name == "demo_vit" else 20)

@@ -31,7 +31,7 @@ from captum_classemb import (
     PatchImportance,
 )
 from captum_classemb.attr.baselines import AttentionRollout, CheferRelevance
-from captum_classemb.data import PairedTransform, data_config, open_dataset
+from captum_classemb.data import Preprocess, data_config, open_dataset
 from captum_classemb.models import class_names, load_model
 from captum_classemb.plot import overlay_map
 from captum_classemb.vit import adapt
@@ -42,7 +42,7 @@ name = os.environ.get("CLASSEMB_MODEL", "demo_vit")
 model = load_model(name, os.environ.get("CLASSEMB_CHECKPOINT"))
 vit, names = adapt(model), class_names(model)
 config = data_config(model)
-transform = PairedTransform.from_config(config, "squash")
+transform = Preprocess.from_config(config, "squash")
 data = open_dataset(os.environ.get("CLASSEMB_DATA", "scenes"), transform, None, len(names))
 
 count = min(len(data), 100 if name == "demo_vit" else 8)

@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from captum_classemb import MemoryPatchImportance
-from captum_classemb.data import PairedTransform, data_config, open_dataset, patch_mask
+from captum_classemb.data import Preprocess, data_config, open_dataset, patch_mask
 from captum_classemb.edit.ablation import ablate_heads, ablate_memories
 from captum_classemb.edit.knock_out import knock_out, no_cls, self_only
 from captum_classemb.edit.token_removal import remove_tokens
@@ -36,7 +36,7 @@ BLUE, ORANGE, GREEN, INK, GRAY = "#0072B2", "#D55E00", "#009E73", "#222222", "#8
 name = os.environ.get("CLASSEMB_MODEL", "demo_vit")
 model = load_model(name, os.environ.get("CLASSEMB_CHECKPOINT"))
 vit, names = adapt(model), class_names(model)
-transform = PairedTransform.from_config(data_config(model), "squash")
+transform = Preprocess.from_config(data_config(model), "squash")
 data = open_dataset(os.environ.get("CLASSEMB_DATA", "scenes"), transform, None, len(names))
 
 count = min(len(data), 100 if name == "demo_vit" else 8)

@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import timm
 import torch
 
-from captum_classemb.data import PairedTransform, data_config, open_dataset
+from captum_classemb.data import Preprocess, data_config, open_dataset
 from captum_classemb.dynamics.depth import DepthMetrics
 from captum_classemb.dynamics.figures.profiles import depth_profile, fourier_lines, lesion_bars
 from captum_classemb.dynamics.fourier import FourierAmplitude
@@ -35,7 +35,7 @@ plt.rcParams.update({"figure.dpi": 110, "font.size": 9})
 name = os.environ.get("CLASSEMB_MODEL", "demo_vit")
 model = load_model(name, os.environ.get("CLASSEMB_CHECKPOINT"))
 names = class_names(model)
-transform = PairedTransform.from_config(data_config(model), "squash")
+transform = Preprocess.from_config(data_config(model), "squash")
 data = open_dataset(os.environ.get("CLASSEMB_DATA", "scenes"), transform, None, len(names))
 count = min(len(data), 96 if name == "demo_vit" else 8)
 samples = [data[i * len(data) // count] for i in range(count)]

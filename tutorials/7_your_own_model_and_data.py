@@ -30,7 +30,7 @@ import torchvision
 from torch import nn
 
 from captum_classemb import MemoryPatchImportance, PatchImportance
-from captum_classemb.data import PairedTransform, data_config, open_dataset
+from captum_classemb.data import Preprocess, data_config, open_dataset
 from captum_classemb.models import class_names, demo_image_paths, demo_mask_paths, load_model
 from captum_classemb.plot import overlay_map
 from captum_classemb.vit import adapt
@@ -74,7 +74,7 @@ except UnsupportedModelError as error:
 name = os.environ.get("CLASSEMB_MODEL", "demo_vit")
 model = load_model(name, os.environ.get("CLASSEMB_CHECKPOINT"))
 names = class_names(model)
-transform = PairedTransform.from_config(data_config(model), "squash")
+transform = Preprocess.from_config(data_config(model), "squash")
 source = os.environ.get("CLASSEMB_DATA", "scenes:train")
 train = open_dataset(source, transform, None, len(names))
 size = min(len(train), 400 if name == "demo_vit" else 24)

@@ -7,8 +7,6 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FIGURES", "TEXTURES", "blend", "figure_coverage", "glyph_coverage", "texture"]
-
 Floats = NDArray[np.float32]
 
 TEXTURES: Final = (

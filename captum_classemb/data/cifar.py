@@ -7,11 +7,10 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
+from captum_classemb.data.labels import Labelling
+from captum_classemb.data.preprocess import Preprocess
 from captum_classemb.data.sample import Sample
-from captum_classemb.data.transforms import PairedTransform
 from captum_classemb.errors import DataError
-
-__all__ = ["Cifar100", "is_cifar100"]
 
 
 def is_cifar100(root: Path) -> bool:
@@ -25,7 +24,7 @@ class Cifar100(Dataset[Sample]):
     Args:
         root: the folder that holds ``cifar-100-python``, or that folder.
         transform: from a stored image to what the model reads.
-        num_classes: number of outputs of the model, 100 here.
+        labelling: what the model's outputs are, 100 here.
 
     Raises:
         DataError: when the files are missing or damaged, or the model has not 100 classes.
@@ -35,12 +34,13 @@ class Cifar100(Dataset[Sample]):
     with_masks = 0
 
     def __init__(
-        self, root: Path, transform: PairedTransform, num_classes: int | None = None
+        self, root: Path, transform: Preprocess, labelling: Labelling | None = None
     ) -> None:
         from torchvision.datasets import CIFAR100
 
-        if num_classes not in (None, 100):
-            raise DataError(f"CIFAR-100 has 100 classes, and the model {num_classes}.")
+        count = labelling.count if labelling else None
+        if count not in (None, 100):
+            raise DataError(f"CIFAR-100 has 100 classes, and the model {count}.")
         home = root.parent if root.name == "cifar-100-python" else root
         try:
             self._stored = CIFAR100(str(home), train=False, download=False)

@@ -14,21 +14,12 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from captum_classemb.data.folder import read_class_folder
+from captum_classemb.data.folder import class_folders, read_class_folder, read_image_folder
+from captum_classemb.data.labels import FolderLabels, Labelling
+from captum_classemb.data.preprocess import Preprocess
 from captum_classemb.data.records import Record, RecordDataset
 from captum_classemb.data.sample import Sample
-from captum_classemb.data.transforms import PairedTransform
 from captum_classemb.errors import DataError
-
-__all__ = [
-    "RELEASED",
-    "SEVERITIES",
-    "CorruptedCifar",
-    "is_cifar_c",
-    "is_imagenet_c",
-    "open_imagenet_c",
-    "read_imagenet_c",
-]
 
 RELEASED: Final = (
     "gaussian_noise", "shot_noise", "impulse_noise",
@@ -39,6 +30,8 @@ RELEASED: Final = (
 """The 15 corruptions of Hendrycks & Dietterich (2019), each of 5 severities."""
 
 SEVERITIES: Final = 5
+
+_ANY = Labelling()
 
 
 def is_cifar_c(root: Path) -> bool:
@@ -60,7 +53,7 @@ class CorruptedCifar(Dataset[Sample]):
     Args:
         root: the unpacked release; corruptions whose file is not there are left out.
         transform: from a stored image to what the model reads.
-        num_classes: number of outputs of the model.
+        labelling: what the model's outputs are.
 
     Raises:
         DataError: when a file is damaged or does not fit the labels, or the model has too few
@@ -70,9 +63,7 @@ class CorruptedCifar(Dataset[Sample]):
     layout = "cifar-c"
     with_masks = 0
 
-    def __init__(
-        self, root: Path, transform: PairedTransform, num_classes: int | None = None
-    ) -> None:
+    def __init__(self, root: Path, transform: Preprocess, labelling: Labelling = _ANY) -> None:
         try:
             self._labels = np.load(root / "labels.npy")
             self._images = {c: np.load(file, mmap_mode="r") for c, file in _files(root).items()}
@@ -84,10 +75,17 @@ class CorruptedCifar(Dataset[Sample]):
                     f"{root} holds {len(images)} images of {corruption} and {len(self._labels)} "
                     f"labels: both must be the same multiple of {SEVERITIES}."
                 )
-        if num_classes is not None and self._labels.max() >= num_classes:
+        if self._labels.dtype.kind not in "iu" or self._labels.ndim != 1 or not self._labels.size:
+            raise DataError(f"{root} has labels that are no list of whole numbers.")
+        for corruption, images in self._images.items():
+            if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+                raise DataError(
+                    f"{root} has images of {corruption} that are not height×width×3 bytes."
+                )
+        count = labelling.count or np.inf
+        if self._labels.min() < 0 or self._labels.max() >= count:
             raise DataError(
-                f"{root} has labels up to {self._labels.max()}, and the model {num_classes} "
-                "classes."
+                f"{root} has labels up to {self._labels.max()}, and the model {count} classes."
             )
         self.transform = transform
 
@@ -135,29 +133,37 @@ def is_imagenet_c(root: Path) -> bool:
     return root.is_dir() and bool(_places(root))
 
 
-def read_imagenet_c(root: Path, num_classes: int | None = None) -> list[Record]:
+def open_imagenet_c(
+    root: Path, transform: Preprocess, labelling: Labelling = _ANY
+) -> RecordDataset:
     """``CORRUPTION/SEVERITY/CLASS/IMAGE``, maybe one folder deeper, as ImageNet-C is released.
+
+    Its images are cut already, so the whole of each is shown. A class folder stands for the same
+    output under every corruption.
 
     Raises:
         DataError: when a severity is missing, or a class does not fit the model.
     """
-    records = []
+    folders = {}
     for corruption, place in _places(root).items():
         for severity in range(1, SEVERITIES + 1):
             folder = place / str(severity)
             if not folder.is_dir():
                 raise DataError(f"{folder} is missing: unpack {corruption} of ImageNet-C again.")
-            condition = f"{corruption}/{severity}"
-            records += [
-                replace(record, name=f"{condition}/{record.name}", condition=condition)
-                for record in read_class_folder(folder, num_classes)
-            ]
-    return records
-
-
-def open_imagenet_c(
-    root: Path, transform: PairedTransform, num_classes: int | None = None
-) -> RecordDataset:
-    """ImageNet-C. Its images are cut already, so the whole of each is shown."""
+            folders[f"{corruption}/{severity}"] = folder
+    classes: FolderLabels | None = None
+    if labelling.needed:
+        names = {name for folder in folders.values() for name in class_folders(folder)}
+        classes = labelling.of_folders(sorted(names), root)
+    records: list[Record] = []
+    for condition, folder in folders.items():
+        if classes is None:
+            found = read_image_folder(folder, labelling)
+        else:
+            found = read_class_folder(folder, classes)
+        records += [
+            replace(record, name=f"{condition}/{record.name}", condition=condition)
+            for record in found
+        ]
     whole = replace(transform, mode="squash", crop_pct=1.0)
-    return RecordDataset(read_imagenet_c(root, num_classes), whole, "imagenet-c")
+    return RecordDataset(records, whole, "imagenet-c", classes)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from captum_classemb.data.labels import is_wordnet_id, label_index
-from captum_classemb.data.records import IMAGE_SUFFIXES, Record, check_records, problems_to_error
+from captum_classemb.data.images import is_image
+from captum_classemb.data.labels import Labelling, is_wordnet_id
+from captum_classemb.data.records import Record, check_records, problems_to_error
 from captum_classemb.errors import DataError
 
-__all__ = ["is_imagenet_s", "read_imagenet_s"]
-
 _IGNORED = 1000
+# What the list of the release counts.
+_IMAGENET = 1000
 _SELECTION = "validation_stim_info.csv"
 
 
@@ -51,24 +52,31 @@ def _selected(home: Path) -> dict[tuple[str, str], int | None]:
     """
     path = home / _SELECTION
     if path.is_file():
-        with path.open(encoding="utf-8", newline="") as lines:
-            rows = list(csv.DictReader(lines))
+        try:
+            rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines()))
+        except (OSError, ValueError, csv.Error) as error:
+            raise DataError(f"{path} cannot be read as a table: {error}.") from error
         wanted = {"imagenet_id", "index", "img_name"}
         if not rows or not wanted <= rows[0].keys():
             raise DataError(
                 f"{path} has to have rows with the columns {', '.join(sorted(wanted))}."
             )
-        return {(row["imagenet_id"], Path(row["img_name"]).stem): int(row["index"]) for row in rows}
+        try:
+            return {
+                (row["imagenet_id"], Path(row["img_name"]).stem): int(row["index"]) for row in rows
+            }
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{path} has a row without a whole number as index.") from error
     found: dict[tuple[str, str], int | None] = {}
     for folder in sorted((home / "validation").glob("*")):
         if folder.is_dir() and is_wordnet_id(folder.name):
             for image in folder.iterdir():
-                if image.suffix.lower() in IMAGE_SUFFIXES:
+                if is_image(image):
                     found[folder.name, image.stem] = None
     return found
 
 
-def read_imagenet_s(root: Path, num_classes: int | None = None) -> list[Record]:
+def read_imagenet_s(root: Path, labelling: Labelling) -> list[Record]:
     """The validation images of ImageNet-S with their masks, sorted by class and file name.
 
     Mask pixels hold the class id as R + 256·G; 1000 is ignored, and every id but the one of the
@@ -77,7 +85,7 @@ def read_imagenet_s(root: Path, num_classes: int | None = None) -> list[Record]:
 
     Args:
         root: the folder ``ImageNetS919`` (or 300, 50), or the one it lies in.
-        num_classes: number of outputs of the model, which decides what labels mean.
+        labelling: what the model's outputs are.
 
     Raises:
         DataError: that lists what is missing or does not fit, with the number of all problems.
@@ -87,13 +95,13 @@ def read_imagenet_s(root: Path, num_classes: int | None = None) -> list[Record]:
         raise DataError(f"{root} is no ImageNet-S: it has no folder validation-segmentation.")
     mask_values = {name: place for place, name in enumerate(_categories(home), start=1)}
     selected = _selected(home)
-    labels = label_index([name for name, _ in selected], num_classes)
+    labels = {name: place for place, name in enumerate(labelling.wordnet_ids)}
     files = {
         (folder.name, image.stem): image
         for folder in (home / "validation").glob("*")
         if folder.is_dir()
         for image in folder.iterdir()
-        if image.suffix.lower() in IMAGE_SUFFIXES
+        if is_image(image)
     }
     problems = [
         f"class {name} is not in the category list"
@@ -104,9 +112,12 @@ def read_imagenet_s(root: Path, num_classes: int | None = None) -> list[Record]:
     for (name, stem), stated in sorted(selected.items()):
         label = labels.get(name, stated)
         if label is None:
-            problems.append(f"class {name} has no output in a model of {num_classes} classes")
+            problems.append(f"class {name} has no output in a model of {labelling.count} classes")
             continue
-        if stated is not None and num_classes in (None, 1000) and stated != label:
+        if problem := labelling.check(label, f"{name}/{stem}"):
+            problems.append(problem)
+            continue
+        if stated is not None and len(labels) == _IMAGENET and stated != label:
             problems.append(f"{_SELECTION} gives {stem} the label {stated}, and {name} is {label}")
         records.append(
             Record(

@@ -1,26 +1,102 @@
-"""Photographs from files: found, read whatever their format, and made into what a model reads."""
+"""Photographs from files: found, and read whatever their format.
+
+Every image file that the library reads, for explanations and for studies alike, is read here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import hashlib
+import io
+import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor, nn
+from PIL import Image, UnidentifiedImageError
 
-from captum_classemb.data.transforms import data_config
-from captum_classemb.errors import DataError, InputError
+from captum_classemb.data.marks import is_marked
+from captum_classemb.errors import DataError
 
-__all__ = ["IMAGE_SUFFIXES", "Preprocess", "find_images", "read_image"]
+#: What is taken for an image in a folder. Those of them that Pillow cannot read are refused by
+#: name, so that no photograph is passed over in silence.
+_SUFFIXES = """
+    apng avif bmp dib gif heic heif j2k jfif jp2 jpe jpeg jpg jxl pbm pgm png pnm ppm tga tif tiff
+    webp
+"""
+IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 
-IMAGE_SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIXTEEN_BITS = re.compile(r"(RGBA?;16)([BLN])")
+
+
+class Source(NamedTuple):
+    """The bytes that an image was decoded from.
+
+    Attributes:
+        size: their number.
+        modified: when the file was changed last, in nanoseconds.
+        sha256: of these bytes.
+        frames: images in the file, of which the first is read.
+    """
+
+    size: int
+    modified: int
+    sha256: str
+    frames: int = 1
+
+
+class Photograph(NamedTuple):
+    """An image file that was read.
+
+    Attributes:
+        image: 8-bit RGB, upright.
+        orientation: how the stored pixels are turned, 1 to 8 as EXIF counts.
+        source: what it was decoded from.
+    """
+
+    image: Image.Image
+    orientation: int
+    source: Source
+
+
+def exists(path: Path) -> bool:
+    """Whether a file is there, also for names that no file system takes."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def printable(name: str) -> str:
+    """A file's name for tables and pictures, which take no control characters and broken bytes."""
+    unknown = "\N{REPLACEMENT CHARACTER}"
+    return "".join(letter if letter.isprintable() else unknown for letter in name)
+
+
+def is_image(file: Path) -> bool:
+    """Whether a file in a folder is taken for a photograph: by its suffix, unless it is hidden.
+
+    A link that leads nowhere counts, for it is to be named; a picture that this package drew does
+    not.
+    """
+    return (
+        file.suffix.lower() in IMAGE_SUFFIXES
+        and not file.name.startswith(".")
+        and (file.is_file() or (file.is_symlink() and not file.exists()))
+        and not is_marked(file)
+    )
 
 
 def find_images(path: str | Path) -> list[Path]:
@@ -28,7 +104,8 @@ def find_images(path: str | Path) -> list[Path]:
 
     Args:
         path: an image file, which is returned whatever its suffix, or a folder, which is searched
-            with its sub-folders for the suffixes of `IMAGE_SUFFIXES`; hidden files are left out.
+            with its sub-folders for the suffixes of `IMAGE_SUFFIXES`; hidden files, and pictures
+            that this package drew, are left out.
 
     Returns:
         The files, in sorted order.
@@ -37,14 +114,12 @@ def find_images(path: str | Path) -> list[Path]:
         DataError: if nothing is there, or a folder holds no image.
     """
     path = Path(path)
-    if path.is_file():
+    if exists(path):
         return [path]
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise DataError(f"{path} does not exist: give an image file or a folder of images.")
     found = sorted(
-        file
-        for file in path.rglob("*")
-        if file.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(file, path) and file.is_file()
+        file for file in path.rglob("*") if is_image(file) and not _is_hidden(file.parent, path)
     )
     if not found:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
@@ -52,41 +127,40 @@ def find_images(path: str | Path) -> list[Path]:
     return found
 
 
-def _is_hidden(file: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(root).parts)
+def _is_hidden(folder: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in folder.relative_to(root).parts)
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Read an image file as 8-bit RGB, upright.
+    """Read an image file as 8-bit RGB, upright; see :func:`read_photograph`."""
+    return read_photograph(path).image
 
-    The rotation that a camera noted (EXIF) is applied; transparency is laid on white; grayscale,
-    palette, CMYK and 16-bit files are converted; of an animation the first frame is read.
+
+def read_photograph(path: str | Path) -> Photograph:
+    """Read an image file.
+
+    The rotation that a camera noted (EXIF) is applied; transparency is laid on white; 16 bits are
+    divided by 257, whatever the image holds; grayscale, palette and CMYK are converted; of an
+    animation the first frame is read.
 
     Args:
         path: the file.
-
-    Returns:
-        An image of mode RGB.
 
     Raises:
         DataError: if the file is missing, empty, truncated, no image, or of a pixel type whose
             range of brightness is not known.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"The image {path} does not exist.")
+    content, status = _read_bytes(path)
     try:
-        if path.stat().st_size == 0:
-            raise DataError(f"The image {path} is empty (0 bytes): replace the file.")
-        with Image.open(path) as image:
-            image.load()
-            # PNG knows 16 bits at most; Pillow before 11.3 reads them into 32.
-            sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
-            return _to_rgb(ImageOps.exif_transpose(image), path, sixteen)
+        with Image.open(io.BytesIO(content)) as image:
+            # Asking a PNG for its orientation decodes it, after which it knows of no 16 bits.
+            tiles = list(getattr(image, "tile", []))
+            noted = _orientation(image)
+            upright, orientation = _upright(image, f"The image {path}", content, tiles)
+            frames = _frames(image)
     except DataError:
         raise
-    except PermissionError as error:
-        raise DataError(f"The image {path} cannot be read: permission denied.") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"The image {path} has too many pixels: store it smaller.") from error
     except UnidentifiedImageError as error:
@@ -95,6 +169,24 @@ def read_image(path: str | Path) -> Image.Image:
     # struct.error, zlib.error, ...): all of it means that this one file is damaged.
     except Exception as error:
         raise DataError(f"The image {path} is truncated or damaged: {_one_line(error)}.") from error
+    digest = hashlib.sha256(content).hexdigest()
+    source = Source(len(content), status.st_mtime_ns, digest, frames)
+    # A decoder may have turned the pixels already, and then forgets that they were turned.
+    return Photograph(upright, orientation if orientation > 1 else noted, source)
+
+
+def _read_bytes(path: Path) -> tuple[bytes, os.stat_result]:
+    if not exists(path):
+        raise DataError(f"The image {path} does not exist.")
+    try:
+        with path.open("rb") as file:
+            content, status = file.read(), os.fstat(file.fileno())
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise DataError(f"The image {path} cannot be read: {reason}.") from error
+    if not content:
+        raise DataError(f"The image {path} is empty (0 bytes): replace the file.")
+    return content, status
 
 
 def _one_line(error: Exception) -> str:
@@ -102,16 +194,86 @@ def _one_line(error: Exception) -> str:
     return text or type(error).__name__
 
 
-def _to_rgb(image: Image.Image, path: Path, sixteen: bool) -> Image.Image:
-    if sixteen:
-        # Pillow's own conversion clips at 255 instead of scaling.
-        gray = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in {"I", "F"}:
+def _orientation(image: Image.Image) -> int:
+    noted = image.getexif().get(_ORIENTATION)
+    return noted if noted in _TURNS else 1
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image of any kind as an image file of that kind is read: 8-bit RGB, upright.
+
+    Raises:
+        DataError: if it is of a pixel type whose range of brightness is not known.
+    """
+    return _upright(image, "The image")[0]
+
+
+def _upright(
+    image: Image.Image, called: str, content: bytes = b"", tiles: Sequence[Any] = ()
+) -> tuple[Image.Image, int]:
+    """The image in RGB, and by how much it still had to be turned."""
+    values = _sixteen_bits(image, content, tiles)
+    image.load()
+    orientation = _orientation(image)
+    if values is not None:
+        rgb = _on_white(_eight_bits(values, image.info.get("transparency")))
+    elif image.mode in {"I", "F"}:
         raise DataError(
-            f"The image {path} has 32-bit pixels, which say not what is white: "
+            f"{called} has 32-bit pixels, which say not what is white: "
             "save it with 8 or 16 bits a channel."
         )
+    elif image.mode == "LAB":
+        raise DataError(f"{called} has Lab colours, which are not read: save it as RGB.")
+    else:
+        rgb = _on_white(image)
+    return turn(rgb, orientation), orientation
+
+
+def turn(image: Image.Image, orientation: int) -> Image.Image:
+    """Undo a rotation or reflection that is noted as EXIF does, 1 to 8."""
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
+def _sixteen_bits(
+    image: Image.Image, content: bytes, tiles: Sequence[Any]
+) -> npt.NDArray[np.uint32] | None:
+    """H×W×(1, 3 or 4) values of 16 bits; None where the file has fewer."""
+    # PNG knows 16 bits at most; Pillow before 11.3 reads them into 32.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return np.asarray(image).astype(np.uint32)[..., None]
+    layouts = [str(tile[3] if isinstance(tile[3], str) else tile[3][0]) for tile in tiles]
+    if not layouts or not all(_SIXTEEN_BITS.fullmatch(layout) for layout in layouts):
+        return None
+    # Of colours Pillow keeps the upper byte alone. Read with the bytes swapped, it keeps the lower.
+    with Image.open(io.BytesIO(content)) as swapped:
+        other: Any = swapped
+        other.tile = [
+            (*tile[:3], layout if isinstance(tile[3], str) else (layout, *tile[3][1:]))
+            for tile, layout in zip(tiles, map(_swap_bytes, layouts), strict=True)
+        ]
+        low = np.asarray(swapped).astype(np.uint32)
+    return np.asarray(image).astype(np.uint32) * 256 + low
+
+
+def _swap_bytes(layout: str) -> str:
+    match = _SIXTEEN_BITS.fullmatch(layout)
+    assert match is not None
+    return match[1] + ("L" if match[2] == "B" else "B")
+
+
+def _eight_bits(values: npt.NDArray[np.uint32], transparent: Any) -> Image.Image:
+    """16 bits a channel, H×W×(1, 3 or 4), to 8; pixels of the transparent value become clear."""
+    scaled = ((values + 128) // 257).astype(np.uint8)
+    if values.shape[-1] == 4:
+        return Image.fromarray(scaled)
+    rgb = np.broadcast_to(scaled, (*scaled.shape[:2], 3))
+    if transparent is None:
+        return Image.fromarray(np.ascontiguousarray(rgb))
+    clear = (values == np.asarray(transparent)).all(-1, keepdims=True)
+    return Image.fromarray(np.concatenate([rgb, np.where(clear, 0, 255).astype(np.uint8)], -1))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
     if "transparency" in image.info or image.mode in {"RGBA", "RGBa", "LA", "La", "PA"}:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
@@ -119,51 +281,32 @@ def _to_rgb(image: Image.Image, path: Path, sixteen: bool) -> Image.Image:
     return image.convert("RGB")
 
 
-@dataclass(frozen=True)
-class Preprocess:
-    """What a model's own data config makes of a photograph.
+def _frames(image: Image.Image) -> int:
+    """How many images an animation or a document has; a camera's MPO is one photograph."""
+    if image.format == "MPO":
+        return 1
+    try:
+        return int(getattr(image, "n_frames", 1))
+    # The first frame is whole, whatever is wrong with those behind it.
+    except Exception:
+        return 1
 
-    Args:
-        config: as `timm.data.resolve_model_data_config` gives it: `input_size`, `interpolation`,
-            `mean`, `std`, `crop_pct`, `crop_mode`.
+
+def stored_size(path: Path) -> tuple[tuple[int, int], int]:
+    """Width and height of the stored pixels, and their orientation, from a file's head.
+
+    Raises:
+        DataError: if it is no image.
     """
-
-    config: Mapping[str, Any]
-    _crop: Any = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        from timm.data import create_transform
-
-        channels = self.config["input_size"][0]
-        if channels != 3:
-            raise InputError(
-                f"The model reads images of {channels} channels: photographs have 3 (RGB)."
-            )
-        crop = create_transform(**self.config, is_training=False, normalize=False)
-        object.__setattr__(self, "_crop", crop)
-
-    @classmethod
-    def of_model(cls, model: nn.Module) -> Preprocess:
-        """The preprocessing that a timm model's `pretrained_cfg` asks for."""
-        return cls(data_config(model))
-
-    def view(self, image: Image.Image) -> npt.NDArray[np.uint8]:
-        """What the model sees: the image resized and cropped, H×W×3, before normalisation."""
-        pixels: Tensor = self._crop(image)
-        return pixels.permute(1, 2, 0).contiguous().numpy()
-
-    def tensor(self, view: npt.NDArray[np.uint8]) -> Tensor:
-        """What the model reads: a view H×W×3, normalised, as a float32 tensor 3×H×W."""
-        mean, std = (
-            torch.tensor(self.config[key], dtype=torch.float32)[:, None, None]
-            for key in ("mean", "std")
-        )
-        pixels = torch.from_numpy(view).permute(2, 0, 1).to(torch.float32) / 255
-        return (pixels - mean) / std
-
-    def describe(self) -> dict[str, Any]:
-        """The config as plain values, for a result's record."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in sorted(self.config.items())
-        }
+    try:
+        with Image.open(path) as image:
+            orientation = _orientation(image)
+            if image.format == "TIFF" and orientation > 4:
+                # Pillow gives the size of the turned image.
+                tags: Any = image.tag_v2  # type: ignore[attr-defined]
+                return (int(tags[256]), int(tags[257])), orientation
+            return image.size, orientation
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path} has too many pixels: store it smaller.") from error
+    except Exception as error:
+        raise DataError(f"{path} is no readable image.") from error

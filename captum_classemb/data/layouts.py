@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+from captum_classemb.data.annotations import is_annotated_folder, read_annotated_folder
 from captum_classemb.data.cifar import Cifar100, is_cifar100
 from captum_classemb.data.corrupted import (
     CorruptedCifar,
@@ -14,35 +15,42 @@ from captum_classemb.data.corrupted import (
     open_imagenet_c,
 )
 from captum_classemb.data.folder import (
-    is_annotated_folder,
+    class_folders,
     is_class_folder,
-    read_annotated_folder,
+    is_image_folder,
     read_class_folder,
+    read_image_folder,
 )
 from captum_classemb.data.imagenet_s import is_imagenet_s, read_imagenet_s
+from captum_classemb.data.labels import Classes, FolderLabels, Labelling
+from captum_classemb.data.preprocess import Preprocess
 from captum_classemb.data.records import Reader, RecordDataset
 from captum_classemb.data.sample import StudyDataset
 from captum_classemb.data.splits import is_scenes, open_scenes
-from captum_classemb.data.transforms import PairedTransform
 from captum_classemb.errors import DataError
-
-__all__ = ["LAYOUTS", "Layout", "open_dataset", "recognise_layout"]
 
 
 class Layout(NamedTuple):
     """One way to lay out a dataset: how to recognise it, how to open it, and in words."""
 
     recognise: Callable[[Path], bool]
-    open: Callable[[Path, PairedTransform, int | None], StudyDataset]
+    open: Callable[[Path, Preprocess, Labelling], StudyDataset]
     words: str
     folder: bool = True
 
 
-def _files(name: str, read: Reader) -> Callable[[Path, PairedTransform, int | None], StudyDataset]:
-    def open_files(root: Path, transform: PairedTransform, num_classes: int | None) -> StudyDataset:
-        return RecordDataset(read(root, num_classes), transform, name)
+def _files(name: str, read: Reader) -> Callable[[Path, Preprocess, Labelling], StudyDataset]:
+    def open_files(root: Path, transform: Preprocess, labelling: Labelling) -> StudyDataset:
+        return RecordDataset(read(root, labelling), transform, name)
 
     return open_files
+
+
+def _open_class_folder(root: Path, transform: Preprocess, labelling: Labelling) -> StudyDataset:
+    if not labelling.needed:
+        return RecordDataset(read_image_folder(root, labelling), transform, "images")
+    folders: FolderLabels = labelling.of_folders(class_folders(root), root)
+    return RecordDataset(read_class_folder(root, folders), transform, "folder", folders)
 
 
 #: In the order in which they are tried: the first that recognises a folder takes it.
@@ -63,16 +71,20 @@ LAYOUTS: dict[str, Layout] = {
         is_cifar_c, CorruptedCifar, "CIFAR-10-C or CIFAR-100-C (labels.npy, CORRUPTION.npy)"
     ),
     "imagenet-c": Layout(is_imagenet_c, open_imagenet_c, "ImageNet-C (CORRUPTION/SEVERITY/CLASS)"),
-    "folder": Layout(is_class_folder, _files("folder", read_class_folder), "one folder a class"),
+    "folder": Layout(is_class_folder, _open_class_folder, "one folder a class"),
+    "images": Layout(is_image_folder, _files("images", read_image_folder), "images without labels"),
 }
 
+_WITH_CLASS_FOLDERS = ("folder", "imagenet-c")
 
-def recognise_layout(root: Path) -> str:
+
+def recognise_layout(root: str | Path) -> str:
     """The name of the layout that a folder has.
 
     Raises:
         DataError: when the folder is missing or has none of the known layouts.
     """
+    root = Path(root)
     for name, layout in LAYOUTS.items():
         if (root.is_dir() or not layout.folder) and layout.recognise(root):
             return name
@@ -84,9 +96,12 @@ def recognise_layout(root: Path) -> str:
 
 def open_dataset(
     root: str | Path,
-    transform: PairedTransform,
+    transform: Preprocess,
     layout: str | None = None,
-    num_classes: int | None = None,
+    classes: Classes | int | None = None,
+    labels: Literal["sorted"] | Mapping[str, int | str] | None = None,
+    *,
+    labelled: bool = True,
 ) -> StudyDataset:
     """The dataset in a folder, after every file it needs has been looked for.
 
@@ -94,11 +109,15 @@ def open_dataset(
         root: the folder.
         transform: from a stored image to what the model reads.
         layout: a name in :data:`LAYOUTS`; recognised if None.
-        num_classes: number of outputs of the model, which decides what labels mean.
+        classes: the model's outputs (``captum_classemb.models.class_names``), or their number,
+            which decide what labels mean.
+        labels: which output each class folder stands for, where their names do not say; or
+            ``"sorted"``, to count the folders in sorted order.
+        labelled: whether labels are needed.
 
     Raises:
-        DataError: for an unknown layout, and for missing or mismatched files, of which the
-            message names the first few and the number of all.
+        DataError: for an unknown layout, for labels that are not sure, and for missing or
+            mismatched files, of which the message names the first few and the number of all.
     """
     root = Path(root)
     name = layout or recognise_layout(root)
@@ -106,4 +125,10 @@ def open_dataset(
         raise DataError(f"layout {name!r} is unknown: give {', '.join(LAYOUTS)}.")
     if LAYOUTS[name].folder and not root.is_dir():
         raise DataError(f"{root} is no folder: give the folder that holds the dataset.")
-    return LAYOUTS[name].open(root, transform, num_classes)
+    if labels is not None and labelled and name not in _WITH_CLASS_FOLDERS:
+        raise DataError(f"{root} has no class folders that --labels could say something of.")
+    labelling = Labelling(classes, labels, labelled)
+    try:
+        return LAYOUTS[name].open(root, transform, labelling)
+    except OSError as error:
+        raise DataError(f"{root} cannot be read: {error.strerror or error}.") from error

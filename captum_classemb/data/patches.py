@@ -10,8 +10,6 @@ from torch import Tensor
 from captum_classemb.data.sample import CONTEXT, IGNORED, OBJECT
 from captum_classemb.errors import InputError
 
-__all__ = ["PatchRule", "patch_mask"]
-
 PatchRule = Literal["nearest", "majority"]
 
 

@@ -6,12 +6,15 @@ from typing import Final, NamedTuple, Protocol
 
 from torch import Tensor
 
-__all__ = ["CONTEXT", "IGNORED", "OBJECT", "Sample", "StudyDataset"]
+from captum_classemb.data.images import Source
 
 #: Values of a mask.
 CONTEXT: Final = 0
 OBJECT: Final = 1
 IGNORED: Final = 255
+
+#: The label of an image of which nobody says what it shows.
+UNLABELLED: Final = -1
 
 
 class Sample(NamedTuple):
@@ -19,10 +22,12 @@ class Sample(NamedTuple):
 
     Attributes:
         image: 3×H×W, after the dataset's transform.
-        label: class index.
+        label: class index, or `UNLABELLED`.
         mask: H×W, uint8 of `CONTEXT`, `OBJECT` and `IGNORED`; None where nobody marked the object.
         name: what to call the image in tables and files; unique within its dataset.
         condition: what was done to the image, such as ``fog/3``; empty for an image as it is.
+        sources: the bytes that image and mask were decoded from, by file; none where they come
+            from no file of their own.
     """
 
     image: Tensor
@@ -30,6 +35,7 @@ class Sample(NamedTuple):
     mask: Tensor | None
     name: str
     condition: str = ""
+    sources: tuple[tuple[str, Source], ...] = ()
 
 
 class StudyDataset(Protocol):

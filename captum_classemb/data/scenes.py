@@ -18,8 +18,6 @@ from captum_classemb.data import _render as draw
 from captum_classemb.data.sample import Sample
 from captum_classemb.errors import InputError, MissingExtraError
 
-__all__ = ["SCENE_CLASSES", "SCENE_SIZE", "Scene", "Scenes", "Split", "render_scene"]
-
 Split = Literal["train", "val", "test"]
 Floats = NDArray[np.float32]
 

@@ -10,12 +10,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from captum_classemb.data.labels import FolderLabels, Labelling
+from captum_classemb.data.preprocess import Preprocess
 from captum_classemb.data.sample import Sample, StudyDataset
 from captum_classemb.data.scenes import SCENE_CLASSES, Scenes, Split
-from captum_classemb.data.transforms import PairedTransform
 from captum_classemb.errors import DataError
-
-__all__ = ["SceneSplit", "TrainAndTest", "is_scenes", "open_scenes"]
 
 _NAMES: dict[str, Split] = {
     "scenes": "test",
@@ -31,7 +30,7 @@ def is_scenes(root: Path) -> bool:
 
 
 def open_scenes(
-    root: Path, transform: PairedTransform, num_classes: int | None = None
+    root: Path, transform: Preprocess, labelling: Labelling | None = None
 ) -> SceneSplit:
     """The split that a name stands for; ``scenes`` is its test split.
 
@@ -41,10 +40,9 @@ def open_scenes(
     """
     if str(root) not in _NAMES:
         raise DataError(f"{root} is no split of the scenes: give {', '.join(_NAMES)}.")
-    if num_classes not in (None, len(SCENE_CLASSES)):
-        raise DataError(
-            f"the scenes have {len(SCENE_CLASSES)} classes, and the model {num_classes}."
-        )
+    count = labelling.count if labelling else None
+    if count not in (None, len(SCENE_CLASSES)):
+        raise DataError(f"the scenes have {len(SCENE_CLASSES)} classes, and the model {count}.")
     return SceneSplit(_NAMES[str(root)], transform)
 
 
@@ -61,7 +59,7 @@ class SceneSplit(Dataset[Sample]):
 
     layout = "scenes"
 
-    def __init__(self, split: Split, transform: PairedTransform) -> None:
+    def __init__(self, split: Split, transform: Preprocess) -> None:
         self.scenes = Scenes(split)
         self.transform = transform
 
@@ -103,15 +101,30 @@ class SceneSplit(Dataset[Sample]):
         return Sample(image, sample.label, mask, sample.name)
 
 
+def _check_same(test: FolderLabels | None, train: FolderLabels | None) -> None:
+    if test is None or train is None:
+        return
+    for folder in test.index.keys() & train.index.keys():
+        if test.index[folder] != train.index[folder]:
+            raise DataError(
+                f"the class folder {folder} is class {test.index[folder]} of the data and class "
+                f"{train.index[folder]} of the training data: say with --labels what it is."
+            )
+
+
 class TrainAndTest(Dataset[Sample]):
     """A dataset to measure on, followed by one to fit on.
 
     Args:
         test: its images come first.
         train: its images come after them.
+
+    Raises:
+        DataError: if a class folder of one does not stand for the same class in the other.
     """
 
     def __init__(self, test: StudyDataset, train: StudyDataset) -> None:
+        _check_same(getattr(test, "folders", None), getattr(train, "folders", None))
         self.test, self.train = test, train
         self.layout = test.layout
 

@@ -1,21 +1,21 @@
 """Explain photographs: files in; a figure, the maps and a record of each out."""
 
-from captum_classemb.explain.compute import METHODS, Explainer, Explanation
+from captum_classemb.explain.compute import METHODS
 from captum_classemb.explain.explore import Explore, explore
 from captum_classemb.explain.html import write_page
-from captum_classemb.explain.outputs import check_writable, write_together
+from captum_classemb.explain.maps import MapOptions, write_maps
 from captum_classemb.explain.run import Options, Outcome, Run
+from captum_classemb.explain.saved_maps import SavedMaps
 
 __all__ = [
     "METHODS",
     "Explore",
-    "Explainer",
-    "Explanation",
+    "MapOptions",
     "Options",
     "Outcome",
     "Run",
-    "check_writable",
+    "SavedMaps",
     "explore",
+    "write_maps",
     "write_page",
-    "write_together",
 ]

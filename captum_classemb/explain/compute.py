@@ -22,8 +22,6 @@ from captum_classemb.functional.identifiability import identifiability
 from captum_classemb.readout import Readout
 from captum_classemb.vit import ViT, record
 
-__all__ = ["METHODS", "Explainer", "Explanation", "Method", "PatchMethod"]
-
 Floats = npt.NDArray[np.floating]
 
 TOP = 5
@@ -62,28 +60,31 @@ class Method:
     every_class: bool = True
 
 
+PROJECTION = "class-embedding-projection"
+MEMORY = "memory-patch-importance"
+
 METHODS: dict[str, Method] = {
-    "importance": Method(
+    "patch-importance": Method(
         "Importance",
         "evidence that attention carries, all blocks and heads",
         PatchImportance,
         {},
         every_class=False,
     ),
-    "projection": Method(
+    PROJECTION: Method(
         "Projection",
         "class logit of each patch token, last block",
         ClassEmbeddingProjection,
         {"score": "logit", "site": "resid_post", "block": -1},
         whole="last block",
     ),
-    "gradient": Method(
+    "class-embedding-gradient": Method(
         "Gradient",
         "∂ score / ∂ attention, all blocks and heads",
         ClassEmbeddingGradient,
         {"objective": "paper", "blocks": "all", "heads": "all"},
     ),
-    "memory": Method(
+    MEMORY: Method(
         "Memory",
         "share of the class logit brought by attention",
         MemoryPatchImportance,

@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from captum_classemb.attr import MemoryPatchImportance
-from captum_classemb.data.images import Preprocess, read_image
+from captum_classemb.data import Preprocess, read_image
+from captum_classemb.data.images import as_rgb, printable
 from captum_classemb.errors import UnsupportedModelError
-from captum_classemb.explain.compute import METHODS, TOP
+from captum_classemb.explain.compute import MEMORY, METHODS, PROJECTION, TOP
 from captum_classemb.explorer import ExplorerPage, explorer_page
 from captum_classemb.explorer.contents import Contents, LedgerEntries, MethodMaps
 from captum_classemb.explorer.quantise import quantise
@@ -24,8 +25,6 @@ from captum_classemb.functional.ledger import LogitLedger
 from captum_classemb.models.names import ClassNames, class_names
 from captum_classemb.plot import DIVERGING
 from captum_classemb.vit import ViT, adapt, record
-
-__all__ = ["Explore", "explore"]
 
 Floats = npt.NDArray[np.floating]
 
@@ -61,9 +60,9 @@ def explore(
     """
     names = names or class_names(model)
     preprocess = preprocess or Preprocess.of_model(model)
-    title = Path(image).name if isinstance(image, (str, Path)) else "Image"
-    photo = image if isinstance(image, Image.Image) else read_image(image)
-    run = Explore(adapt(model), preprocess.view(photo.convert("RGB")), preprocess)
+    title = printable(Path(image).name) if isinstance(image, (str, Path)) else "Image"
+    photo = as_rgb(image) if isinstance(image, Image.Image) else read_image(image)
+    run = Explore(adapt(model), preprocess.view(photo), preprocess)
     wanted = [names.find(target) for target in targets]
     for step in run.steps(wanted):
         step()
@@ -89,7 +88,7 @@ class Explore:
         >>> model = demo_vit()
         >>> preprocess = Preprocess.of_model(model)
         >>> view = preprocess.view(read_image(demo_image_paths()[0]))
-        >>> exploring = Explore(adapt(model), view, preprocess, ["projection", "memory"])
+        >>> exploring = Explore(adapt(model), view, preprocess, [PROJECTION, MEMORY])
         >>> steps = exploring.steps(targets=[7])
         >>> for number, step in enumerate(steps, 1):
         ...     step()
@@ -193,7 +192,7 @@ class Explore:
         classes = self._classes_with_maps(kind.every_class)
         maps = kind.build(self.vit).attribute_classes(self._pixels, classes.tolist())[0]
         # The tokens of every block are read already.
-        known = key == "projection"
+        known = key == PROJECTION
         parts = self._projected if known else np.stack([self._parts(key, i) for i in self.focus])
         return MethodMaps(
             key=key,
@@ -213,7 +212,7 @@ class Explore:
         return np.concatenate([by_head.sum(1, keepdims=True), by_head], 1)
 
     def _read_ledger(self) -> None:
-        if not any(method.key == "memory" for method in self._maps):
+        if not any(method.key == MEMORY for method in self._maps):
             return
         memory = MemoryPatchImportance(self.vit)
         ledgers = [memory.ledger(self._pixels, index) for index in self.focus]

@@ -14,21 +14,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from captum_classemb.data.images import Preprocess, find_images, read_image
+from captum_classemb.data import Preprocess
+from captum_classemb.data.images import Source, find_images, printable, read_photograph
+from captum_classemb.data.marks import JSON_MARK, MARK, NPZ_MARK, PNG_MARK
+from captum_classemb.data.preprocess import ResizeMode
 from captum_classemb.errors import ClassEmbError, DataError, InputError
 from captum_classemb.explain.compute import METHODS, Explainer, Explanation
-from captum_classemb.explain.outputs import check_writable, unique_stems, write_together
+from captum_classemb.explain.outputs import Protected, check_writable, unique_stems, write_together
 from captum_classemb.models.demo import demo_image_paths
 from captum_classemb.models.load import load_model
 from captum_classemb.models.names import DEMO_MODEL, ClassNames, class_names
+from captum_classemb.models.readouts import open_readout
 from captum_classemb.plot.explain import MAX_TARGETS, ClassScore, PatchMaps, explanation_figure
-from captum_classemb.readout import load_readout
 from captum_classemb.versions import versions
 from captum_classemb.vit import adapt
 
-__all__ = ["Options", "Outcome", "Run"]
-
 _DPI = 160
+_SUFFIXES = (".png", ".npz", ".json")
 
 
 @dataclass(frozen=True)
@@ -41,21 +43,28 @@ class Options:
     targets: Sequence[str | int] = ()
     methods: Sequence[str] = tuple(METHODS)
     readout: Path | None = None
-    device: str = "cpu"
+    resize: ResizeMode = "crop"
+    device: str = "auto"
     dtype: torch.dtype = torch.float32
     batch_size: int = 8
     output: Path = Path("explanations")
+    page: Path | None = None
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one path: either an error, or a picture and what it shows."""
+    """What became of one path: either an error, or a picture and what it shows.
+
+    Of a file of several frames the first is explained.
+    """
 
     path: Path
     error: ClassEmbError | None = None
     picture: Path | None = None
     targets: Sequence[ClassScore] = ()
     top: Sequence[ClassScore] = ()
+    frames: int = 1
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class _Photograph:
     path: Path
     stem: str
     size: tuple[int, int]
-    sha256: str
+    source: Source
     view: npt.NDArray[np.uint8]
 
 
@@ -94,9 +103,20 @@ class Run:
             )
         if options.batch_size < 1:
             raise InputError(f"The batch size {options.batch_size} is too small: give 1 or more.")
-        check_writable(options.output)
+        check_writable(options.output if options.page is None else options.page.parent)
         self._find_files()
+        inputs = [*self.files, *filter(None, (options.checkpoint, options.readout))]
+        self.protected = Protected(inputs, options.overwrite)
+        self.protected.check(self._names())
         self._load()
+
+    def _names(self) -> Iterator[Path]:
+        """Every file that will be written."""
+        if self.options.page is not None:
+            yield self.options.page
+            return
+        for stem in unique_stems(self.files):
+            yield from (self.options.output / f"{stem}{suffix}" for suffix in _SUFFIXES)
 
     def _find_files(self) -> None:
         found: list[Path] = []
@@ -125,8 +145,8 @@ class Run:
             raise InputError(
                 f"{len(targets)} targets were given: one figure shows up to {MAX_TARGETS}."
             )
-        self.preprocess = Preprocess.of_model(model)
-        readout = None if options.readout is None else load_readout(options.readout, vit.readout)
+        self.preprocess = Preprocess.of_model(model, options.resize)
+        readout = None if options.readout is None else open_readout(options.readout, vit.readout)
         self.explainer = Explainer(vit, list(dict.fromkeys(options.methods)), targets, readout)
 
     def __len__(self) -> int:
@@ -148,9 +168,12 @@ class Run:
         yield from self._explain(batch)
 
     def _read(self, path: Path, stem: str) -> _Photograph:
-        image = read_image(path)
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        return _Photograph(path, stem, image.size, sha256, self.preprocess.view(image))
+        photo = read_photograph(path)
+        try:
+            view = self.preprocess.view(photo.image)
+        except DataError as error:
+            raise DataError(f"The image {path} is refused: {error}") from error
+        return _Photograph(path, stem, photo.image.size, photo.source, view)
 
     def _explain(self, batch: Sequence[_Photograph]) -> Iterator[Outcome]:
         if not batch:
@@ -170,16 +193,17 @@ class Run:
         targets = scores(self.names, explanation.probabilities, explanation.targets)
         top = scores(self.names, explanation.probabilities, explanation.top)
         record = self._record(photo, explanation, targets, top)
-        write_together(
-            self.options.output,
-            {
-                f"{photo.stem}.png": self._picture(photo, explanation, targets, top),
-                f"{photo.stem}.npz": _archive(photo, explanation),
-                f"{photo.stem}.json": (json.dumps(record, indent=2) + "\n").encode(),
-            },
-        )
+        contents = {
+            f"{photo.stem}.png": self._picture(photo, explanation, targets, top),
+            f"{photo.stem}.npz": _archive(photo, explanation),
+            f"{photo.stem}.json": (json.dumps(record, indent=2) + "\n").encode(),
+        }
+        # Once more, for long work leaves time for files to appear.
+        self.protected.check(self.options.output / name for name in contents)
+        write_together(self.options.output, contents)
         picture = self.options.output / f"{photo.stem}.png"
-        return Outcome(photo.path, picture=picture, targets=targets, top=top)
+        frames = photo.source.frames
+        return Outcome(photo.path, picture=picture, targets=targets, top=top, frames=frames)
 
     def _picture(
         self,
@@ -199,11 +223,11 @@ class Run:
             top,
             explanation.patches.reshape(*explanation.patches.shape[:2], h * w),
             explanation.cls,
-            title=photo.path.name,
+            title=printable(photo.path.name),
             subtitle=f"{self.options.model}, {h}×{w} patches",
         )
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=_DPI)
+        figure.savefig(buffer, format="png", dpi=_DPI, metadata=PNG_MARK)
         return buffer.getvalue()
 
     def _readout(self) -> dict[str, str]:
@@ -223,9 +247,11 @@ class Run:
         """What was computed on what."""
         vit, options = self.explainer.vit, self.options
         return {
+            **JSON_MARK,
             "image": {
                 "file": str(photo.path),
-                "sha256": photo.sha256,
+                "sha256": photo.source.sha256,
+                "frames": photo.source.frames,
                 "width": photo.size[0],
                 "height": photo.size[1],
             },
@@ -277,6 +303,7 @@ def _archive(photo: _Photograph, explanation: Explanation) -> bytes:
         "probabilities": explanation.probabilities,
         "identifiability_patches": explanation.patches,
         "image": photo.view,
+        NPZ_MARK: np.array(MARK),
     }
     if explanation.cls is not None:
         arrays["identifiability_cls"] = explanation.cls

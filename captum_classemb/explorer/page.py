@@ -18,6 +18,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from captum_classemb.atomic_file import write_atomically
+from captum_classemb.data.marks import is_marked
+from captum_classemb.errors import OutputError
 from captum_classemb.explorer.contents import Contents, lighter
 
 _LIBRARIES = ("d3.min.js", "plot.umd.min.js")
@@ -40,13 +42,20 @@ class ExplorerPage:
 
     document: str
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the page to a file, which opens from disk in any browser.
 
+        Args:
+            path: of the file; an older page is written over.
+            overwrite: write over any other file, too.
+
         Raises:
-            OutputError: if it cannot be written.
+            OutputError: if it cannot be written, or another file is in its place.
         """
-        write_atomically(Path(path), self.document.encode())
+        path = Path(path)
+        if not overwrite and path.exists() and not is_marked(path):
+            raise OutputError(f"{path} is no page of captum-classemb: choose another place.")
+        write_atomically(path, self.document.encode())
 
     def _repr_html_(self) -> str:
         # A frame of its own, so that neither the notebook's styles nor the page's leak.

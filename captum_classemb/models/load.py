@@ -72,11 +72,13 @@ def load_model(
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device of a given name.
+    """The device of a given name; ``"auto"`` is a GPU where there is one, else the CPU.
 
     Raises:
         InputError: if there is no such device on this machine.
     """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
         torch.empty(0, device=resolved)

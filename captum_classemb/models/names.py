@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from torch import nn
 from captum_classemb.errors import ModelNameError, TargetError
 
 DEMO_MODEL = "demo_vit"
+
+_SUGGESTED = 6
 
 
 @dataclass(frozen=True)
@@ -114,12 +117,24 @@ class ClassNames:
 
     Args:
         synonyms: for each of the C classes its names.
+        wordnet_ids: of each class, where they are those of a known ImageNet set.
+        named: whether these are names, and no numbers in their place.
     """
 
-    def __init__(self, synonyms: Sequence[Sequence[str]]) -> None:
+    def __init__(
+        self,
+        synonyms: Sequence[Sequence[str]],
+        wordnet_ids: Sequence[str] = (),
+        *,
+        named: bool = True,
+    ) -> None:
         self._synonyms = [tuple(names) for names in synonyms]
+        self.wordnet_ids = tuple(wordnet_ids)
+        self.named = named
         self._index: dict[str, list[int]] = defaultdict(list)
+        self._full: dict[str, list[int]] = defaultdict(list)
         for index, names in enumerate(self._synonyms):
+            self._full[_key(", ".join(names))].append(index)
             for key in dict.fromkeys(map(_key, names)):
                 self._index[key].append(index)
 
@@ -130,6 +145,27 @@ class ClassNames:
         """The main name of a class; with its index where another class bears it too."""
         name = self._synonyms[index][0]
         return f"{name} ({index})" if len(self._index[_key(name)]) > 1 else name
+
+    def with_full_name(self, text: str) -> list[int]:
+        """The classes whose whole name this is: all synonyms, separated by commas.
+
+        Case is no matter, and ``_``, ``-`` and a space are alike.
+        """
+        return list(self._full.get(_key(text), ()))
+
+    def with_name(self, text: str) -> list[int]:
+        """The classes that have this among their synonyms."""
+        return list(self._index.get(_key(text), ()))
+
+    def suggest(self, text: str) -> str:
+        """Names that hold this word or are spelt like it, as the end of a sentence."""
+        known = [name for names in self._synonyms for name in names]
+        word = re.compile(rf"\b{re.escape(_key(text))}\b") if _key(text) else None
+        holding = [name for name in known if word and word.search(_key(name))]
+        if holding:
+            more = ", …" if len(holding) > _SUGGESTED else ""
+            return f"did you mean {', '.join(map(repr, holding[:_SUGGESTED]))}{more}?"
+        return _closest(text.lower(), known, f"give an index, 0 to {len(self) - 1}.")
 
     def find(self, target: str | int) -> int:
         """The index of a class given by index or by any of its names, whatever their case.
@@ -152,7 +188,7 @@ class ClassNames:
                 f"Class {text} is out of range: the model has {len(self)} classes, "
                 f"0 to {len(self) - 1}."
             )
-        found = self._index.get(_key(text), [])
+        found = self.with_name(text)
         if len(found) == 1:
             return found[0]
         if found:
@@ -160,15 +196,12 @@ class ClassNames:
             raise TargetError(
                 f"The name {text!r} is borne by the classes {bearers}: give the index."
             )
-        known = [name for names in self._synonyms for name in names]
-        raise TargetError(
-            f"No class of the model is named {text!r}: "
-            + _closest(text.lower(), known, f"give an index, 0 to {len(self) - 1}.")
-        )
+        raise TargetError(f"No class of the model is named {text!r}: {self.suggest(text)}")
 
 
 def _key(name: str) -> str:
-    return " ".join(name.replace("_", " ").casefold().split())
+    plain = unicodedata.normalize("NFKC", name).casefold()
+    return " ".join(re.sub(r"[_\s-]", " ", plain).split())
 
 
 def class_names(model: nn.Module) -> ClassNames:
@@ -192,5 +225,7 @@ def class_names(model: nn.Module) -> ClassNames:
         return ClassNames([(label,) for label in labels])
     subset = infer_imagenet_subset({"num_classes": count})
     if subset is None:
-        return ClassNames([(f"class {index}",) for index in range(count)])
-    return ClassNames([text.split(", ") for text in ImageNetInfo(subset).label_descriptions()])
+        return ClassNames([(f"class {index}",) for index in range(count)], named=False)
+    known = ImageNetInfo(subset)
+    descriptions = [text.split(", ") for text in known.label_descriptions()]
+    return ClassNames(descriptions, known.label_names())

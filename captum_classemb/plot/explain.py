@@ -216,9 +216,10 @@ class _Page:
 def _draw_image(ax: Axes, image: npt.NDArray[np.uint8], title: str, subtitle: str) -> None:
     ax.imshow(image, interpolation="bicubic")
     ax.set_anchor("NW")
-    ax.set_title(_shortened(title, 34), pad=18)
+    ax.set_title(_shortened(title, 34), pad=18, parse_math=False)
     ax.annotate(
         _shortened(subtitle, 48),
+        parse_math=False,
         xy=(0.0, 1.0),
         xytext=(0.0, 6.0),
         xycoords="axes fraction",
@@ -246,7 +247,14 @@ def _draw_classes(
         ax.barh(row, 1.0, height=0.2, color="#F0F0F0", linewidth=0)
         ax.barh(row, score.probability, height=0.2, color=color, linewidth=0)
         weight = "bold" if chosen else "normal"
-        ax.text(0.0, row - 0.17, _shortened(score.name, 27), va="bottom", weight=weight)
+        ax.text(
+            0.0,
+            row - 0.17,
+            _shortened(score.name, 27),
+            va="bottom",
+            weight=weight,
+            parse_math=False,
+        )
         ax.text(
             1.0, row - 0.17, _percent(score.probability), va="bottom", ha="right", weight=weight
         )
@@ -324,6 +332,7 @@ def _draw_heading(ax: Axes, name: str, note: str, color: str) -> None:
         0.0,
         0.5,
         f"■ {name}",
+        parse_math=False,
         va="center_baseline",
         fontsize=10.5,
         fontweight="bold",

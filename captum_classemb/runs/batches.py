@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from captum_classemb.data import IGNORED, Sample, StudyDataset
 from captum_classemb.errors import DataError, InputError
+from captum_classemb.runs.sources import FileRead
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Batch:
         names: of the images.
         conditions: what was done to each image, such as ``fog/3``, or nothing, the empty string;
             none at all where every image is as it is.
+        files: what the images were read from, and the images that were refused, which are in none
+            of the other fields.
     """
 
     number: int
@@ -37,6 +40,7 @@ class Batch:
     masks: Tensor | None
     names: tuple[str, ...]
     conditions: tuple[str, ...] = ()
+    files: tuple[FileRead, ...] = ()
 
 
 def chosen_images(total: int, limit: int | None = None) -> list[int]:
@@ -85,10 +89,10 @@ class _Guarded(Dataset[Any]):
 
 def _collate(with_masks: bool) -> Any:
     def collate(samples: Sequence[Sample | DataError]) -> Any:
-        for sample in samples:
-            if isinstance(sample, DataError):
-                return sample
+        errors = [str(s) if isinstance(s, DataError) else None for s in samples]
         good = [sample for sample in samples if isinstance(sample, Sample)]
+        if not good:
+            return errors, None
         images = torch.stack([sample.image for sample in good])
         masks = None
         if with_masks:
@@ -98,7 +102,8 @@ def _collate(with_masks: bool) -> Any:
             )
         labels = torch.tensor([sample.label for sample in good])
         names, conditions = zip(*((s.name, s.condition) for s in good), strict=True)
-        return images, labels, masks, names, conditions
+        sources = [s.sources for s in good]
+        return errors, (images, labels, masks, names, conditions, sources)
 
     return collate
 
@@ -109,16 +114,13 @@ def load_batches(
     device: torch.device,
     workers: int = 0,
 ) -> Iterator[Batch]:
-    """Read batches in the order of the plan.
+    """Read batches in the order of the plan, without the images that cannot be read.
 
     Args:
         data: the dataset.
         plan: number and image indices of each batch.
         device: where the tensors go.
         workers: number of processes that read images; 0 reads them in this one.
-
-    Raises:
-        DataError: when an image cannot be read.
     """
     loader = DataLoader(
         _Guarded(data),
@@ -130,15 +132,30 @@ def load_batches(
         generator=torch.Generator().manual_seed(0),
     )
     for (number, indices), read in zip(plan, loader, strict=True):
-        if isinstance(read, DataError):
-            raise read
-        images, labels, masks, names, conditions = read
+        errors, rest = read
+        refused = [
+            FileRead(index, "", None, error)
+            for index, error in zip(indices, errors, strict=True)
+            if error is not None
+        ]
+        kept = tuple(i for i, error in zip(indices, errors, strict=True) if error is None)
+        if rest is None:
+            empty = torch.empty(0, device=device)
+            yield Batch(number, (), empty, empty.long(), None, (), (), tuple(refused))
+            continue
+        images, labels, masks, names, conditions, sources = rest
+        files = [
+            FileRead(index, file, source)
+            for index, of_image in zip(kept, sources, strict=True)
+            for file, source in of_image
+        ]
         yield Batch(
             number,
-            tuple(indices),
+            kept,
             images.to(device, non_blocking=True),
             labels.to(device, non_blocking=True),
             None if masks is None else masks.to(device, non_blocking=True),
             names,
             conditions,
+            (*files, *refused),
         )

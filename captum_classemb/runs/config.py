@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,3 +45,13 @@ class StudyConfig:
     seed: int = 0
     random_model: Callable[[], nn.Module] | None = None
     output: Path | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What distinguishes this model from others, in terms of JSON."""
+        return {
+            "model": self.name,
+            "weights": weights_digest(self.model),
+            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "variant": self.variant,
+            "seed": self.seed,
+        }

@@ -87,6 +87,15 @@ def all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) 
     return total.to(tensor.device)
 
 
+def all_gather(values: list[T]) -> list[T]:
+    """The values of all processes, on every one, in the order of their ranks."""
+    if get_world_size() == 1:
+        return values
+    every: list[list[T]] = [[]] * get_world_size()
+    dist.all_gather_object(every, values)
+    return [value for one in every for value in one]
+
+
 def barrier() -> None:
     """Wait until every process is here."""
     if get_world_size() > 1:

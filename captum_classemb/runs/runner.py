@@ -10,7 +10,6 @@ A study may ask for several passes, between which the processes add up what they
 from __future__ import annotations
 
 import io
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -26,9 +25,12 @@ from tqdm import tqdm
 
 from captum_classemb.atomic_file import write_atomically
 from captum_classemb.data import StudyDataset
-from captum_classemb.errors import OutputError
+from captum_classemb.data.marks import PNG_MARK
+from captum_classemb.errors import DataError, OutputError
 from captum_classemb.runs.batches import batch_plan, chosen_images, load_batches
+from captum_classemb.runs.merge import add_up
 from captum_classemb.runs.processes import (
+    all_gather,
     all_reduce,
     barrier,
     get_rank,
@@ -37,12 +39,19 @@ from captum_classemb.runs.processes import (
     is_main_process,
     on_main_process,
 )
+from captum_classemb.runs.settings import (
+    RUN,
+    describe_data,
+    environment,
+    open_folder,
+    plain,
+    write_json,
+)
+from captum_classemb.runs.sources import ReadFiles, write_files
 from captum_classemb.runs.storage import Checkpoint, Checkpoints, exclusive
 from captum_classemb.runs.study import Study
 from captum_classemb.runs.tables import Row, read_rows, write_rows
-from captum_classemb.versions import versions
 
-_RUN = "run.json"
 _CHECKPOINTS = "checkpoints"
 _DPI = 200
 
@@ -57,7 +66,10 @@ class RunOptions:
         workers: processes that read images.
         checkpoint_every: images between two checkpoints, of each process.
         resume: go on with an interrupted run in the same folder.
+        verify: when a run goes on, read all files again that it has read, not only those whose
+            size or time of change differs.
         progress: show a progress bar.
+        command: further settings that have to be the same when a run goes on.
     """
 
     batch_size: int = 32
@@ -65,7 +77,9 @@ class RunOptions:
     workers: int = 0
     checkpoint_every: int = 1024
     resume: bool = False
+    verify: bool = False
     progress: bool = True
+    command: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -76,6 +90,7 @@ class StudyResult:
         tables: rows by table name.
         output: the folder with the files.
         images: number of images measured.
+        refused: why images were left out that could not be read.
         seconds: of this process, without what was done before a resume.
     """
 
@@ -83,56 +98,22 @@ class StudyResult:
     output: Path
     images: int
     seconds: float = 0.0
+    refused: list[str] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    write_atomically(path, f"{text}\n".encode())
-
-
-def _open_folder(output: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any]:
-    """Make the folder, or check that its run can be resumed; return what ``run.json`` holds."""
-    path = output / _RUN
-    if path.is_file():
-        if not resume:
-            raise OutputError(
-                f"{output} holds a run already: choose another folder, or resume that run."
-            )
-        run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        before = run["settings"]
-        changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
-        if changed:
-            key = changed[0]
-            raise OutputError(
-                f"the run in {output} has {key} = {before.get(key)!r} and this one "
-                f"{settings.get(key)!r}: resume it with the same settings, or choose another "
-                "folder."
-            )
-        return run
-    if output.is_dir() and any(not p.name.startswith(".") for p in output.iterdir()):
-        raise OutputError(f"{output} holds other files: choose an empty or a new folder.")
-    run = {"complete": False, "settings": settings, "versions": versions()}
-    _write_json(path, run)
-    return run
-
-
 def _settings(study: Study, data: StudyDataset, options: RunOptions) -> dict[str, Any]:
-    own = json.loads(json.dumps(study.settings()))
-    return {
-        "study": study.name,
-        **own,
-        "data": {
-            "layout": data.layout,
-            "fingerprint": data.fingerprint(),
-            "images": len(data),
-            "classes": len(set(data.labels)),
-            "with_masks": data.with_masks,
-        },
-        "limit": options.limit,
-        "batch_size": options.batch_size,
-        "processes": get_world_size(),
-    }
+    return plain(
+        {
+            "study": study.name,
+            **study.settings(),
+            "command": dict(options.command),
+            **describe_data(data),
+            "limit": options.limit,
+            "batch_size": options.batch_size,
+            "processes": get_world_size(),
+        }
+    )
 
 
 def run_study(
@@ -160,7 +141,7 @@ def run_study(
 
     Raises:
         OutputError: when the folder is in use, holds something else, or cannot be written.
-        DataError: when an image cannot be read.
+        DataError: when no image can be read.
     """
     options = options or RunOptions()
     output = Path(output)
@@ -169,28 +150,48 @@ def run_study(
     notices = study.notices()
     with exclusive(output / f".lock-{get_rank()}"):
         settings = _settings(study, data, options)
-        run = on_main_process(lambda: _open_folder(output, settings, options.resume))
+        here = environment(torch.device(device))
+        run = on_main_process(lambda: open_folder(output, settings, here, options.resume))
         if run["complete"]:
-            tables = {name: read_rows(output / f"{name}.csv") for name in run["tables"]}
-            return StudyResult(tables, output, run["images"], info=run)
+            tables = _read_tables(output, run)
+            refused = run.get("refused", [])
+            return StudyResult(tables, output, run["images"], refused=refused, info=run)
         started = time.monotonic()
         if options.progress and is_main_process():
             for notice in notices:
                 tqdm.write(notice, file=sys.stderr)
         checkpoints = Checkpoints(output / _CHECKPOINTS, get_rank())
-        _run_passes(study, data, plan, checkpoints, options, torch.device(device))
+        files = ReadFiles(output / _CHECKPOINTS, get_rank())
+        _run_passes(study, data, plan, (checkpoints, files), options, torch.device(device))
         study.metrics.cpu()
+        reads = all_gather(list(files.known.values()))
+        why = {read.image: read.refused for read in reads if read.refused}
+        images = len({index for batches in plan for batch in batches for index in batch} - {*why})
+        if images == 0:
+            raise DataError(f"no image could be read: {next(iter(why.values()), 'there is none')}")
+        add_up(study.metrics)
         tables = study.tables()
-        images = len({index for batches in plan for batch in batches for index in batch})
         seconds = time.monotonic() - started
         run |= {"complete": True, "tables": list(tables), "images": images}
         run |= {"notices": notices, **study.notes()}
         run |= {"seconds": round(seconds, 3), "device": str(device)}
         if is_main_process():
+            run |= write_files(output, reads)
             _write_results(study, tables, output, run)
         barrier()
+        files.remove()
         checkpoints.remove()
-        return StudyResult(tables, output, images, seconds, run)
+        return StudyResult(tables, output, images, seconds, list(why.values()), run)
+
+
+def _read_tables(output: Path, run: Mapping[str, Any]) -> dict[str, list[Row]]:
+    try:
+        return {name: read_rows(output / f"{name}.csv") for name in run["tables"]}
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise OutputError(
+            f"{output} says that it is complete, but a table is missing or damaged: choose another "
+            "folder."
+        ) from error
 
 
 def _plan(study: Study, data: StudyDataset, options: RunOptions) -> list[list[list[int]]]:
@@ -203,11 +204,12 @@ def _run_passes(
     study: Study,
     data: StudyDataset,
     plan: Sequence[Sequence[list[int]]],
-    checkpoints: Checkpoints,
+    stored: tuple[Checkpoints, ReadFiles],
     options: RunOptions,
     device: torch.device,
 ) -> None:
     """Take this process's batches into the study's sums, pass after pass."""
+    checkpoints, files = stored
     numbers = count()
     mine = [
         [(next(numbers), indices) for indices in batches][get_rank() :: get_world_size()]
@@ -219,7 +221,12 @@ def _run_passes(
             metric.persistent(True)
     first, done = _restore(study, checkpoints, options.resume, device)
 
+    consumed = [*(batch for batches in mine[:first] for batch in batches), *mine[first][:done]]
+    files.restore((index for _, indices in consumed for index in indices), options.verify)
+
     def save(number: int, done: int) -> None:
+        # First what was read, so that no sum is of files that nobody knows of.
+        files.save()
         checkpoints.save(Checkpoint(number, done, study.metrics.state_dict()))
 
     every = max(1, options.checkpoint_every // options.batch_size)
@@ -236,7 +243,12 @@ def _run_passes(
         for number in range(first, len(mine)):
             saved = done
             for batch in load_batches(data, mine[number][done:], device, options.workers):
-                study.update(batch)
+                files.add(batch.files)
+                for read in batch.files:
+                    if read.refused and options.progress:
+                        tqdm.write(f"Error: {read.refused}", file=sys.stderr)
+                if batch.indices:
+                    study.update(batch)
                 done += 1
                 bar.update(len(batch.indices))
                 if done - saved >= every:
@@ -269,9 +281,23 @@ def _restore(
         number, found = 0, Checkpoint(0, 0, {})
     study.begin_pass(number)
     if found.state:
-        study.metrics.load_state_dict(found.state)
+        _load(study, found.state, checkpoints.folder)
         study.metrics.to(device)
     return number, found.done
+
+
+def _load(study: Study, state: dict[str, Any], folder: Path) -> None:
+    """Take sums from a checkpoint: all of them, for a metric takes a missing one for nothing."""
+    missing = study.metrics.state_dict().keys() - state.keys()
+    try:
+        if missing:
+            raise KeyError(min(missing))
+        study.metrics.load_state_dict(state)
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(
+            f"a checkpoint in {folder} is not of this study ({error}): start the run anew in "
+            "another folder."
+        ) from error
 
 
 def _least(value: int) -> int:
@@ -287,7 +313,7 @@ def _write_results(
     figures = study.figures(tables)
     for name, figure in figures.items():
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=_DPI)
+        figure.savefig(buffer, format="png", dpi=_DPI, metadata=PNG_MARK)
         write_atomically(output / f"{name}.png", buffer.getvalue())
     # Last, so that a run that is called complete has all its files.
-    _write_json(output / _RUN, {**run, "figures": list(figures)})
+    write_json(output / RUN, {**run, "figures": list(figures)})

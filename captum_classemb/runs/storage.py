@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from captum_classemb.atomic_file import write_atomically
-from captum_classemb.errors import OutputError
+from captum_classemb.errors import ClassEmbWarning, OutputError
 
 _GENERATIONS = 2
 #: Of the SHA-256 that a file begins with, in hexadecimal digits.
@@ -115,7 +115,9 @@ class Checkpoints:
             digest, body = bytes(content[:_DIGEST_LENGTH]), content[_DIGEST_LENGTH:]
             if hashlib.sha256(body).hexdigest().encode() != digest:
                 warnings.warn(
-                    f"{path} is incomplete: the checkpoint before it is used.", stacklevel=2
+                    f"{path} is incomplete: the checkpoint before it is used.",
+                    ClassEmbWarning,
+                    stacklevel=2,
                 )
                 continue
             stored = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)

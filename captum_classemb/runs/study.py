@@ -31,12 +31,14 @@ class Study(ABC):
             that all studies have.
         trains: whether something is fitted, so that a training set can be named; a dataset then
             comes with its own, if it has one, as :class:`~captum_classemb.data.TrainAndTest`.
+        labelled: whether it needs to know what each image shows.
         metrics: the accumulators.
     """
 
     name: ClassVar[str] = ""
     parameters: ClassVar[tuple[Any, ...]] = ()
     trains: ClassVar[bool] = False
+    labelled: ClassVar[bool] = True
     metrics: nn.ModuleDict
 
     @classmethod

@@ -13,7 +13,7 @@ from captum_classemb.errors import InputError
 from captum_classemb.functional.variant import Variant, check_variant
 from captum_classemb.readout import Readout
 from captum_classemb.runs.batches import Batch
-from captum_classemb.runs.config import StudyConfig, weights_digest
+from captum_classemb.runs.config import StudyConfig
 from captum_classemb.runs.study import Study
 from captum_classemb.runs.tables import Row
 from captum_classemb.studies.class_identifiability import Identifiability
@@ -49,13 +49,7 @@ class ModelStudy(Study):
         self._readers: dict[int, TokenReader] = {}
 
     def settings(self) -> dict[str, Any]:
-        return {
-            "model": self.config.name,
-            "weights": weights_digest(self.vit.model),
-            "readout": type(self.readout).__name__,
-            "variant": self.variant,
-            "seed": self.config.seed,
-        }
+        return {**self.config.settings(), "readout": type(self.readout).__name__}
 
     def reader(self, block: int, site: str) -> TokenReader:
         """Reads the tokens of a site; one for all sites that share a readout."""

@@ -95,7 +95,7 @@ def test_a_terminal_is_told_that_a_model_loads_before_it_does(
         return load_model(*args, **options)
 
     monkeypatch.setattr(explain_run, "load_model", watched)
-    words = ["explain", "--method", "projection", "--output", str(tmp_path)]
+    words = ["explain", "--method", "class-embedding-projection", "--output", str(tmp_path)]
     words += ["--html", str(tmp_path / "page.html")] if page else []
     cli.main([*words, *(["--quiet"] if quiet else [])], standalone_mode=False)
     assert at_load == ["loading demo_vit …\n" if terminal and not quiet else ""]

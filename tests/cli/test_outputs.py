@@ -51,9 +51,9 @@ def test_maps_are_those_of_the_attributions(
     with np.load(tmp_path / "out" / "one.npz") as archive:
         assert archive["targets"].tolist() == wanted
         for name, method in {
-            "projection": ClassEmbeddingProjection(model),
-            "gradient": ClassEmbeddingGradient(model),
-            "memory": MemoryPatchImportance(model),
+            "class-embedding-projection": ClassEmbeddingProjection(model),
+            "class-embedding-gradient": ClassEmbeddingGradient(model),
+            "memory-patch-importance": MemoryPatchImportance(model),
         }.items():
             expected = method.attribute_classes(inputs, wanted)[0].numpy()
             assert archive[name].shape == (len(wanted), 10, 10)
@@ -79,7 +79,15 @@ def test_identifiability_of_the_last_cls_is_the_rank_of_the_prediction(
 def test_record_says_what_was_computed_on_what(
     explain: Explain, photos: Path, tmp_path: Path, checkpoint: Path
 ) -> None:
-    explain(photos / "one.png", "--target", "tabby", "--method", "memory", "--dtype", "float64")
+    explain(
+        photos / "one.png",
+        "--target",
+        "tabby",
+        "--method",
+        "memory-patch-importance",
+        "--dtype",
+        "float64",
+    )
     record = json.loads((tmp_path / "out" / "one.json").read_text())
     assert record["image"]["file"] == str(photos / "one.png")
     assert (record["image"]["width"], record["image"]["height"]) == (220, 180)
@@ -92,17 +100,27 @@ def test_record_says_what_was_computed_on_what(
     assert [target["index"] for target in record["targets"]] == [281]
     assert record["targets"][0]["name"] == "tabby"
     assert len(record["top"]) == 5
-    assert record["methods"]["memory"]["options"]["objective"] == "logit"
+    assert record["methods"]["memory-patch-importance"]["options"]["objective"] == "logit"
     assert {"torch", "timm", "captum-classemb"} <= set(record["versions"])
 
 
 def test_only_the_methods_asked_for(explain: Explain, photos: Path, tmp_path: Path) -> None:
-    words = ("--method", "memory", "--method", "projection", "--method", "memory")
+    words = (
+        "--method",
+        "memory-patch-importance",
+        "--method",
+        "class-embedding-projection",
+        "--method",
+        "memory-patch-importance",
+    )
     assert explain(photos / "one.png", *words).exit_code == 0
     with np.load(tmp_path / "out" / "one.npz") as archive:
-        assert set(METHODS) & set(archive) == {"memory", "projection"}
+        assert set(METHODS) & set(archive) == {
+            "memory-patch-importance",
+            "class-embedding-projection",
+        }
     record = json.loads((tmp_path / "out" / "one.json").read_text())
-    assert list(record["methods"]) == ["memory", "projection"]
+    assert list(record["methods"]) == ["memory-patch-importance", "class-embedding-projection"]
 
 
 @pytest.mark.parametrize("name", ["test_vit2", "deit_tiny_distilled_patch16_224"])
@@ -133,7 +151,7 @@ def test_images_of_one_name_do_not_overwrite_each_other(
 ) -> None:
     (photos / "sub").mkdir()
     Image.new("RGB", (20, 20)).save(photos / "sub" / "one.jpg")
-    explain(photos, "--method", "projection")
+    explain(photos, "--method", "class-embedding-projection")
     assert {"one.png", "one-2.png", "two.png", "three.png"} <= files(tmp_path / "out")
     record = json.loads((tmp_path / "out" / "one-2.json").read_text())
     assert record["image"]["file"].endswith("one.jpg")

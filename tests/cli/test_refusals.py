@@ -27,7 +27,7 @@ from PIL import Image
             ("--target", "1", "--target", "2", "--target", "3", "--target", "4", "--target", "5"),
             "4",
         ),
-        (("--method", "saliency"), "projection"),
+        (("--method", "saliency"), "class-embedding-projection"),
         (("--device", "cuda:77"), "'cpu'"),
         (("--device", "toaster"), "'cpu'"),
         (("--dtype", "int8"), "float32"),
@@ -164,6 +164,6 @@ def test_unusual_images_are_simply_read(explain: Explain, tmp_path: Path) -> Non
     photo = Image.new("RGB", (40, 30), (200, 100, 50))
     for mode, suffix in [("L", "png"), ("P", "gif"), ("RGBA", "png"), ("CMYK", "jpg")]:
         photo.convert(mode).save(folder / f"{mode}.{suffix}")
-    result = explain(folder, "--method", "projection")
+    result = explain(folder, "--method", "class-embedding-projection")
     assert result.exit_code == 0, result.output
     assert len(files(tmp_path / "out")) == 12

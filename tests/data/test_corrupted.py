@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from released import cifar_c, imagenet_c
 
-from captum_classemb.data import PairedTransform, open_dataset, recognise_layout
+from captum_classemb.data import Preprocess, open_dataset, recognise_layout
 from captum_classemb.errors import DataError
 
-UNIT = PairedTransform(size=(4, 4), mean=(0.0,) * 3, std=(1.0,) * 3)
+UNIT = Preprocess(size=(4, 4), mean=(0.0,) * 3, std=(1.0,) * 3)
 
 
 def test_cifar_c(tmp_path: Path) -> None:
-    data = open_dataset(cifar_c(tmp_path), UNIT, num_classes=10)
+    data = open_dataset(cifar_c(tmp_path), UNIT, classes=10)
     assert data.layout == recognise_layout(tmp_path) == "cifar-c"
     assert (len(data), data.with_masks) == (30, 0)
     assert data.labels == [7, 8, 9] * 10
@@ -40,7 +40,7 @@ def test_other_images_have_another_fingerprint(tmp_path: Path) -> None:
 def test_bad_cifar_c(tmp_path: Path) -> None:
     cifar_c(tmp_path)
     with pytest.raises(DataError, match="labels up to 9, and the model 5"):
-        open_dataset(tmp_path, UNIT, num_classes=5)
+        open_dataset(tmp_path, UNIT, classes=5)
     np.save(tmp_path / "labels.npy", np.zeros(4))
     with pytest.raises(DataError, match="15 images of snow and 4 labels"):
         open_dataset(tmp_path, UNIT)
@@ -51,8 +51,8 @@ def test_bad_cifar_c(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["", "weather"])
 def test_imagenet_c(tmp_path: Path, kind: str) -> None:
-    transform = PairedTransform(size=(8, 8), crop_pct=0.5, mean=(0.0,) * 3, std=(1.0,) * 3)
-    data = open_dataset(imagenet_c(tmp_path, kind), transform, num_classes=1000)
+    transform = Preprocess(size=(8, 8), crop_pct=0.5, mean=(0.0,) * 3, std=(1.0,) * 3)
+    data = open_dataset(imagenet_c(tmp_path, kind), transform, classes=1000)
     assert data.layout == recognise_layout(tmp_path) == "imagenet-c"
     assert data.labels == [0, 1] * 5
     samples = [data[i] for i in range(len(data))]

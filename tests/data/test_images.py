@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from catalogue.images import png
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
-from captum_classemb.data.images import Preprocess, find_images, read_image
-from captum_classemb.errors import DataError, InputError
+from captum_classemb.data import Preprocess, read_image
+from captum_classemb.data.images import find_images, read_photograph
+from captum_classemb.errors import DataError
 
 RED, GREEN, BLUE = (250, 10, 20), (10, 240, 30), (15, 25, 245)
 
@@ -173,7 +175,7 @@ def test_preprocessing_is_that_of_timm(name: str, size: tuple[int, int]) -> None
     config = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
     noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
-    preprocess = Preprocess(config)
+    preprocess = Preprocess.from_config(config)
     view = preprocess.view(image)
     assert view.shape == (224, 224, 3)
     assert view.dtype == np.uint8
@@ -184,13 +186,35 @@ def test_preprocessing_is_that_of_timm(name: str, size: tuple[int, int]) -> None
 def test_view_is_what_the_tensor_shows() -> None:
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.4, 0.25)
     config = {"input_size": (3, 8, 8), "interpolation": "bicubic", "crop_pct": 1.0}
-    preprocess = Preprocess({**config, "mean": mean, "std": std})
+    preprocess = Preprocess.from_config({**config, "mean": mean, "std": std})
     view = preprocess.view(Image.new("RGB", (20, 10), RED))
     assert (view == RED).all()
     expected = (torch.tensor(RED) / 255 - torch.tensor(mean)) / torch.tensor(std)
     torch.testing.assert_close(preprocess.tensor(view)[:, 3, 5], expected)
 
 
-def test_other_channel_counts_are_refused() -> None:
-    with pytest.raises(InputError, match="images of 1 channels"):
-        Preprocess({"input_size": (1, 28, 28), "mean": (0.5,), "std": (0.5,)})
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (6, 4)])
+def test_sixteen_bits_of_any_channels_are_divided_by_257(
+    colour: int, channels: int, tmp_path: Path
+) -> None:
+    """By the range of the type: two pictures of one scene keep their difference in brightness."""
+    values = np.random.default_rng(0).integers(0, 65536, (9, 7, channels), dtype=np.uint16)
+    if channels == 4:
+        values[..., 3] = 65535
+    (tmp_path / "a.png").write_bytes(png(values // 3, 16, colour))
+    read = np.asarray(read_image(tmp_path / "a.png"))
+    expected = np.rint((values // 3)[..., : min(3, channels)] / 257)
+    if channels < 4:
+        np.testing.assert_array_equal(read, np.broadcast_to(expected, read.shape))
+    else:
+        opaque = 65535 // 3 / 65535
+        np.testing.assert_allclose(read, expected * opaque + 255 * (1 - opaque), atol=1.01)
+
+
+def test_animations_give_their_first_frame_and_say_so(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, GREEN, BLUE)]
+    for kind in ("gif", "png", "tif"):
+        file = tmp_path / f"a.{kind}"
+        frames[0].save(file, save_all=True, append_images=frames[1:])
+        photo = read_photograph(file)
+        assert photo.image.getpixel((0, 0)) == RED and photo.source.frames == 3

@@ -27,7 +27,7 @@ def texture_table(dataset: Scenes) -> np.ndarray:
 
 
 def test_item_is_image_label_mask_name_and_condition() -> None:
-    image, label, mask, name, condition = Scenes("val", length=30)[17]
+    image, label, mask, name, condition, _ = Scenes("val", length=30)[17]
     assert image.shape == (3, 64, 64) and image.dtype == torch.float32
     assert 0 <= image.min() < image.max() <= 1
     assert torch.equal(image, (image * 255).round() / 255)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from captum_classemb.data import (
-    PairedTransform,
+    Preprocess,
     Scenes,
     TrainAndTest,
     open_dataset,
@@ -16,11 +16,11 @@ from captum_classemb.data import (
 )
 from captum_classemb.errors import DataError
 
-AS_IS = PairedTransform(size=(64, 64), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+AS_IS = Preprocess(size=(64, 64), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
 def test_the_word_scenes_is_the_test_split_in_the_order_of_its_classes() -> None:
-    data = open_dataset("scenes", AS_IS, num_classes=10)
+    data = open_dataset("scenes", AS_IS, classes=10)
     assert recognise_layout(Path("scenes")) == data.layout == "scenes"
     assert len(data) == data.with_masks == 5000
     assert data.labels == sorted(Scenes("test").labels)
@@ -57,7 +57,7 @@ def test_what_is_no_split_and_what_does_not_fit() -> None:
     with pytest.raises(DataError, match="scenes:extra is no split of the scenes"):
         open_dataset("scenes:extra", AS_IS, layout="scenes")
     with pytest.raises(DataError, match="10 classes, and the model 1000"):
-        open_dataset("scenes", AS_IS, num_classes=1000)
+        open_dataset("scenes", AS_IS, classes=1000)
 
 
 def test_test_set_first_then_what_is_fitted_on() -> None:

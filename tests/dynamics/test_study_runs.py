@@ -18,7 +18,7 @@ from PIL import Image
 from released import cifar_c, imagenet_c
 
 from captum_classemb.cli import cli
-from captum_classemb.data import PairedTransform, data_config, open_dataset
+from captum_classemb.data import Preprocess, data_config, open_dataset
 from captum_classemb.dynamics.robustness import Robustness
 from captum_classemb.dynamics.studies.dynamics_study import OtherModel
 from captum_classemb.models import demo_vit
@@ -36,7 +36,7 @@ def study(name: str, data: Path, output: Path, *words: str) -> list[Row]:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    for label in ("a", "b"):
+    for label in ("0", "1"):
         (tmp_path / "pictures" / label).mkdir(parents=True)
         noise = Image.effect_noise((40, 40), 60).convert("RGB")
         noise.save(tmp_path / "pictures" / label / "1.png")
@@ -72,7 +72,7 @@ def test_cifar_c_is_measured_corruption_by_corruption(tmp_path: Path) -> None:
     rows = study("robustness", tmp_path / "data", tmp_path / "out", *words)
     assert (tmp_path / "out" / "robustness.png").is_file()
     model = demo_vit()
-    data = open_dataset(tmp_path / "data", PairedTransform.from_config(data_config(model)))
+    data = open_dataset(tmp_path / "data", Preprocess.from_config(data_config(model)))
     accuracies = []
     for corruption, start in (("snow", 0), ("fog", 15)):
         for severity in range(1, 6):

@@ -12,7 +12,7 @@ from pages import unpacked
 
 from captum_classemb.attr import ClassEmbeddingProjection
 from captum_classemb.cli import cli
-from captum_classemb.data.images import Preprocess, read_image
+from captum_classemb.data import Preprocess, read_image
 from captum_classemb.explain import METHODS, Explore
 from captum_classemb.explorer import ExplorerPage
 from captum_classemb.models import class_names, demo_image_paths, demo_vit, load_model
@@ -42,12 +42,12 @@ def test_targets_come_first_then_the_top_classes() -> None:
 )
 def test_other_families(name: str, tokens: int) -> None:
     """One that averages its patches behind a register; a distilled one, which reads two tokens."""
-    run = work(name, methods=("memory",))
+    run = work(name, methods=("memory-patch-importance",))
     page = run.page(class_names(run.vit.model), title="", model=name)
     facts, arrays = unpacked(page)
     assert arrays["ranks"].shape[-1] == tokens
     assert len(facts["prefix"]) == run.vit.prefix_tokens
-    assert [method["key"] for method in facts["methods"]] == ["memory"]
+    assert [method["key"] for method in facts["methods"]] == ["memory-patch-importance"]
     assert facts["hasLedger"]
 
 
@@ -68,7 +68,7 @@ def test_numbers_are_those_of_the_attributions() -> None:
             f"{key}.partSteps"
         ][..., None, None]
         target = torch.tensor([run.focus[0]])
-        if key == "projection":
+        if key == "class-embedding-projection":
             blocks = [ClassEmbeddingProjection(run.vit, block=b) for b in range(6)]
             expected = torch.cat([each.attribute_patches(inputs, target) for each in blocks])
             half = 0.51 * arrays[f"{key}.partSteps"][0, ..., None, None]
@@ -107,7 +107,15 @@ def test_a_page_is_of_one_image(arguments: tuple[str, ...], words: str, tmp_path
 
 def test_command_writes_the_page_alone(tmp_path: Path) -> None:
     page = tmp_path / "made" / "page.html"
-    words = ["explain", "--html", str(page), "--target", "one", "--method", "memory"]
+    words = [
+        "explain",
+        "--html",
+        str(page),
+        "--target",
+        "one",
+        "--method",
+        "memory-patch-importance",
+    ]
     result = CliRunner().invoke(cli, words)
     assert result.exit_code == 0, result.output
     head, row = result.output.splitlines()
@@ -116,5 +124,5 @@ def test_command_writes_the_page_alone(tmp_path: Path) -> None:
     assert [path.name for path in page.parent.iterdir()] == ["page.html"]
     facts, _ = unpacked(ExplorerPage(page.read_text()))
     assert facts["focus"][0] == 1
-    assert [method["key"] for method in facts["methods"]] == ["memory"]
+    assert [method["key"] for method in facts["methods"]] == ["memory-patch-importance"]
     assert CliRunner().invoke(cli, [*words, "--quiet"]).output == ""

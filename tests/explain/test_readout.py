@@ -53,7 +53,9 @@ def test_maps_and_identifiability_are_those_of_the_readout(
     pixels = run.preprocess.tensor(maps["image"])[None]
     target = torch.tensor([7])
     for method in (ClassEmbeddingProjection, ClassEmbeddingGradient):
-        key = "projection" if method is ClassEmbeddingProjection else "gradient"
+        key = "class-embedding-projection"
+        if method is ClassEmbeddingGradient:
+            key = "class-embedding-gradient"
         expected = method(vit, readout=readout).attribute_patches(pixels, target)
         summed = expected.flatten(1, -3).sum(1).numpy()
         np.testing.assert_allclose(maps[key], summed, rtol=1e-4, atol=1e-6)

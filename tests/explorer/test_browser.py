@@ -18,7 +18,7 @@ from captum_classemb.attr import (
     MemoryPatchImportance,
     PatchImportance,
 )
-from captum_classemb.data.images import Preprocess, read_image
+from captum_classemb.data import Preprocess, read_image
 from captum_classemb.explain import explore
 from captum_classemb.explorer import explorer_page
 from captum_classemb.models import DEMO_CLASSES, demo_image_paths, demo_vit

@@ -96,5 +96,5 @@ def test_pages_up_to_vit_l_stay_under_five_megabytes(
     page = explorer_page(noise(24, 16, side, classes))
     assert len(page.document) < 5_000_000
     _, arrays = unpacked(page)
-    assert len(arrays["memory.parts"]) >= detailed
-    assert len(arrays["memory.classes"]) >= min(classes, 300)
+    assert len(arrays["memory-patch-importance.parts"]) >= detailed
+    assert len(arrays["memory-patch-importance.classes"]) >= min(classes, 300)

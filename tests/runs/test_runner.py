@@ -16,7 +16,7 @@ from runs.toy import IMAGES, Toy, ToyData
 from captum_classemb.atomic_file import write_atomically
 from captum_classemb.errors import DataError, InputError, OutputError
 from captum_classemb.runs import RunOptions, read_rows, run_study
-from captum_classemb.runs.batches import batch_plan, chosen_images, load_batches
+from captum_classemb.runs.batches import batch_plan, chosen_images
 from captum_classemb.runs.storage import Checkpoint, Checkpoints
 
 TOY = Path(__file__).parent / "toy.py"
@@ -136,7 +136,7 @@ def test_what_a_folder_holds_decides(tmp_path: Path) -> None:
     assert again.tables == first.tables and again.images == first.images == IMAGES
     with pytest.raises(OutputError, match=r"has scale = 1\.0 and this one 2\.0"):
         run_study(Toy(scale=2.0), ToyData(), output, RESUME)
-    with pytest.raises(OutputError, match="has data = "):
+    with pytest.raises(OutputError, match="has data.fingerprint = "):
         run_study(Toy(), ToyData(22), output, RESUME)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").write_text("mine")
@@ -163,17 +163,35 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "workers/toy.csv").read_bytes() == undisturbed(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_is_one_sentence(workers: int) -> None:
-    class Broken(ToyData):
-        def __getitem__(self, index: int) -> Any:
-            if index == 3:
-                raise DataError("image 3 cannot be read.")
-            return super().__getitem__(index)
+class Broken(ToyData):
+    """Of which some images cannot be read."""
 
-    plan = list(enumerate(batch_plan(range(IMAGES), 2)))
-    with pytest.raises(DataError, match=r"^image 3 cannot be read\.$"):
-        list(load_batches(Broken(), plan, torch.device("cpu"), workers))
+    def __init__(self, *broken: int) -> None:
+        super().__init__()
+        self.broken = broken
+
+    def __getitem__(self, index: int) -> Any:
+        if index in self.broken:
+            raise DataError(f"image {index} cannot be read.")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named_and_the_rest_goes_on(workers: int, tmp_path: Path) -> None:
+    """Also where a whole batch is unreadable."""
+    options = RunOptions(batch_size=2, workers=workers, progress=False)
+    result = run_study(Toy(), Broken(2, 3, 8), tmp_path / "out", options)
+    assert result.refused == [f"image {i} cannot be read." for i in (2, 3, 8)]
+    assert result.images == sum(row.n for row in result.tables["toy"]) == IMAGES - 3
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    assert run["refused"] == result.refused and run["images"] == IMAGES - 3
+    again = run_study(Toy(), Broken(2, 3, 8), tmp_path / "out", RESUME)
+    assert again.refused == result.refused
+
+
+def test_nothing_that_can_be_read_is_no_result(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no image could be read: image 0 cannot be read"):
+        run_study(Toy(), Broken(*range(IMAGES)), tmp_path / "out", QUIET)
 
 
 def test_a_limit_is_spread_and_nonsense_refused() -> None:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from captum_classemb.data import Sample, TrainAndTest
 from captum_classemb.errors import DataError, InputError
-from captum_classemb.models import demo_vit
 from captum_classemb.readout import LinearProbe, load_readout
 from captum_classemb.runs import Row, RunOptions, StudyConfig, read_rows, run_study, select
 from captum_classemb.studies import fit_linear_probe
@@ -273,9 +272,10 @@ def test_command_line_with_scenes(tmp_path: Path) -> None:
 
 
 def test_a_training_set_of_its_own() -> None:
-    given = {"data_path": "scenes", "resize": "crop", "layout": None}
-    own = StudyConfig(demo_vit(), "demo_vit")
-    assert len(study_dataset(given, own)) == 5_000
-    assert len(study_dataset({**given, "train_data": None}, own)) == 25_000
-    named = study_dataset({**given, "train_data": "scenes:val"}, own)
+    given = {
+        "model": "demo_vit", "data_path": "scenes", "resize": "crop", "layout": None, "labels": None
+    }  # fmt: skip
+    assert len(study_dataset(given, True, say=False)) == 5_000
+    assert len(study_dataset({**given, "train_data": None}, True, say=False)) == 25_000
+    named = study_dataset({**given, "train_data": "scenes:val"}, True, say=False)
     assert isinstance(named, TrainAndTest) and len(named.train) == 2_000

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from captum_classemb.data import PairedTransform, StudyDataset, open_dataset
+from captum_classemb.data import Preprocess, StudyDataset, open_dataset
 from captum_classemb.edit import remove_tokens
 from captum_classemb.runs import RunOptions, StudyConfig, run_study, select
 from captum_classemb.runs.batches import Batch, load_batches
@@ -45,7 +45,7 @@ def golden(assets: Path) -> Golden:
 
 @pytest.fixture(scope="module")
 def data(assets: Path) -> StudyDataset:
-    return open_dataset(assets / "mini_imagenet_s", PairedTransform(mode="squash"), None, 1000)
+    return open_dataset(assets / "mini_imagenet_s", Preprocess(mode="squash"), None, 1000)
 
 
 #: A few of the hundred rows, or all of them.

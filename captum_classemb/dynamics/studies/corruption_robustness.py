@@ -55,7 +55,7 @@ class RobustnessStudy(DynamicsStudy):
         self.mean = torch.tensor(pixels["mean"])[:, None, None]
         self.std = torch.tensor(pixels["std"])[:, None, None]
         self.levels = (_CLEAN, *_MADE, *_READ)
-        self.quality = nn.ModuleList(Robustness(sync_on_compute=False) for _ in self.levels)
+        self.quality = nn.ModuleList(Robustness() for _ in self.levels)
         self.metrics = nn.ModuleDict({"quality": self.quality})
 
     def _of(self, level: _Level) -> Robustness:

@@ -39,6 +39,11 @@ _COUNT = click.Option(
 )
 
 
+def _by_batch(eigenvalues: Tensor, count: int) -> Tensor:
+    """Batches × eigenvalues; torchmetrics makes a scalar of a single number."""
+    return eigenvalues.reshape(-1, count)
+
+
 class LossStudy(DynamicsStudy):
     """A study of the training loss: of augmented images and with L2, as in the paper.
 
@@ -96,7 +101,6 @@ class HessianStudy(LossStudy):
         self.options: dict[str, Any] = {"count": eigenvalues, "curvature": curvature}
         self.spectrum = HessianSpectrum(
             **self.options, weight_decay=weight_decay, vectors=8, seed=config.seed,
-            sync_on_compute=False,
         )  # fmt: skip
         self.metrics = nn.ModuleDict({"spectrum": self.spectrum})
 
@@ -110,13 +114,14 @@ class HessianStudy(LossStudy):
 
     def rows(self) -> list[Row]:
         found = self.spectrum.compute()
-        batches = len(found.eigenvalues)
+        eigenvalues = _by_batch(found.eigenvalues, self.options["count"])
+        batches = len(eigenvalues)
         rows = [
-            self.row("negative_share", found.negative, found.eigenvalues.numel()),
-            self.row("largest_eigenvalue", found.eigenvalues.amax(1).mean(), batches),
+            self.row("negative_share", found.negative, eigenvalues.numel()),
+            self.row("largest_eigenvalue", eigenvalues.amax(1).mean(), batches),
             self.row("trace", found.traces.mean(), batches),
         ]
-        for i, values in enumerate(found.eigenvalues):
+        for i, values in enumerate(eigenvalues):
             rows += [self.row(f"eigenvalue@{i},{k}", v, 1) for k, v in enumerate(values)]
         return rows
 
@@ -161,7 +166,7 @@ class LossLandscapeStudy(LossStudy):
         super().__init__(config, augment, weight_decay)
         self.landscape = LossLandscape(
             config.model, points=points, weight_decay=weight_decay, variant=self.variant,
-            seed=config.seed, sync_on_compute=False,
+            seed=config.seed,
         )  # fmt: skip
         self.metrics = nn.ModuleDict({"landscape": self.landscape})
 
@@ -229,9 +234,7 @@ class TrajectoryStudy(LossStudy):
         self.files = checkpoint_files(checkpoints)
         self.options: dict[str, Any] = {"count": eigenvalues}
         self.spectra = [
-            HessianSpectrum(
-                eigenvalues, weight_decay=weight_decay, seed=config.seed, sync_on_compute=False
-            )
+            HessianSpectrum(eigenvalues, weight_decay=weight_decay, seed=config.seed)
             for _ in self.files
         ]
         self.metrics = nn.ModuleDict({"spectra": nn.ModuleList(self.spectra)})
@@ -253,12 +256,13 @@ class TrajectoryStudy(LossStudy):
         rows = []
         for i, spectrum in enumerate(self.spectra):
             found = spectrum.compute()
-            n = len(found.eigenvalues)
+            eigenvalues = _by_batch(found.eigenvalues, self.options["count"])
+            n = len(eigenvalues)
             rows += [
                 self.row(f"radius@{i}", path.radius[i], 1),
                 self.row(f"angle@{i}", path.angle[i], 1),
-                self.row(f"largest_eigenvalue@{i}", found.eigenvalues.amax(1).mean(), n),
-                self.row(f"negative_share@{i}", found.negative, found.eigenvalues.numel()),
+                self.row(f"largest_eigenvalue@{i}", eigenvalues.amax(1).mean(), n),
+                self.row(f"negative_share@{i}", found.negative, eigenvalues.numel()),
             ]
         return rows
 

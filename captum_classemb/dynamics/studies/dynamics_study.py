@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from captum_classemb.data import data_config
 from captum_classemb.errors import InputError
 from captum_classemb.functional.variant import Variant, check_variant
 from captum_classemb.models.load import load_model
-from captum_classemb.runs.config import StudyConfig, weights_digest
+from captum_classemb.runs.config import StudyConfig
 from captum_classemb.runs.study import Study
 from captum_classemb.runs.tables import Row
 
@@ -36,8 +35,7 @@ class DynamicsStudy(Study):
     """A study of any vision model with logits, CNNs and hierarchical models included.
 
     In its table ``site`` is the kind of a step (``embedding``, ``attention``, ``mlp``,
-    ``convolution``, ``pooling``, ``block``), and ``block`` counts the model's blocks. Its metrics
-    are made with ``sync_on_compute=False``: :meth:`tables` adds up what all processes hold.
+    ``convolution``, ``pooling``, ``block``), and ``block`` counts the model's blocks.
 
     Args:
         config: the model and how it is studied.
@@ -49,25 +47,13 @@ class DynamicsStudy(Study):
         self.variant: Variant = config.variant
 
     def settings(self) -> dict[str, Any]:
-        return {
-            "model": self.config.name,
-            "weights": weights_digest(self.config.model),
-            "variant": self.variant,
-            "seed": self.config.seed,
-        }
+        return self.config.settings()
 
     @abstractmethod
     def rows(self) -> list[Row]:
         """The rows of the table, of the images that all processes saw."""
 
     def tables(self) -> dict[str, list[Row]]:
-        for metric in self.metrics.modules():
-            if isinstance(metric, Metric):
-                # compute() would add up too, but counts read beside it would be this process's.
-                with metric.sync_context():
-                    total = dict(metric.metric_state)
-                for name, value in total.items():
-                    setattr(metric, name, value)
         return {self.name: self.rows()}
 
     def example(self) -> Tensor:

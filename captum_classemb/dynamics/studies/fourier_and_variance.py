@@ -29,6 +29,7 @@ class DepthStudy(DynamicsStudy):
         quantity: what the signs of its changes are said of, in the names of metrics.
     """
 
+    labelled = False
     quantity: ClassVar[str]
 
     def __init__(
@@ -37,7 +38,7 @@ class DepthStudy(DynamicsStudy):
         super().__init__(config)
         self.depth = DepthMetrics(
             config.model,
-            {self.name: lambda: metric(self.variant, sync_on_compute=False)},
+            {self.name: lambda: metric(self.variant)},
             self.example(),
         )
         self.metrics = nn.ModuleDict({"depth": self.depth})

@@ -61,9 +61,7 @@ class FrequencyNoiseStudy(DynamicsStudy):
         if self.other is not None:
             # A model may be compared with itself, of other weights.
             self.models[f"{other} (other)" if other == config.name else str(other)] = self.other
-        self.noises = [
-            FrequencyNoise(bands, noise, config.seed, sync_on_compute=False) for _ in self.models
-        ]
+        self.noises = [FrequencyNoise(bands, noise, config.seed) for _ in self.models]
         self.options = {"bands": bands, "noise": noise, "models": list(self.models)}
         self.metrics = nn.ModuleDict({"noise": nn.ModuleList(self.noises)})
 
@@ -104,7 +102,7 @@ class LesionStudy(DynamicsStudy):
     def __init__(self, config: StudyConfig) -> None:
         super().__init__(config)
         self.lesions = find_lesions(config.model, self.example())
-        self.accuracy = LesionAccuracy(self.lesions, sync_on_compute=False)
+        self.accuracy = LesionAccuracy(self.lesions)
         self.metrics = nn.ModuleDict({"accuracy": self.accuracy})
 
     def update(self, batch: Batch) -> None:
@@ -137,6 +135,7 @@ class CKAStudy(DynamicsStudy):
     """
 
     name = "cka"
+    labelled = False
     parameters = OTHER_MODEL
 
     def __init__(
@@ -149,7 +148,7 @@ class CKAStudy(DynamicsStudy):
         self.others = self.steps
         if self.other is not None:
             self.others = find_steps(self.other, self.example())
-        self.cka = MinibatchCKA(len(self.steps), len(self.others), sync_on_compute=False)
+        self.cka = MinibatchCKA(len(self.steps), len(self.others))
         self.metrics = nn.ModuleDict({"cka": self.cka})
 
     def settings(self) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from captum_classemb.evaluation.areas import area
 from captum_classemb.evaluation.bootstrap import bootstrap_mean
 from captum_classemb.evaluation.removal_curves import Perturbation
 from captum_classemb.evaluation.removal_order import MEASURES
-from captum_classemb.readout import LinearProbe, load_readout
+from captum_classemb.models.readouts import open_readout
+from captum_classemb.readout import LinearProbe
 from captum_classemb.runs.batches import Batch
 from captum_classemb.runs.config import StudyConfig
 from captum_classemb.runs.registry import register_study
@@ -144,7 +145,7 @@ class FaithfulnessStudy(ModelStudy):
                 f"the probe {path} is read by no method that was chosen: add {_BY_PROBE} to the "
                 "methods, or leave it out."
             )
-        probe = load_readout(path, self.vit.readout)
+        probe = open_readout(path, self.vit.readout)
         if not isinstance(probe, LinearProbe):
             raise InputError(
                 f"{path} holds a {type(probe).__name__}: the method {_BY_PROBE} needs linear "
@@ -184,15 +185,12 @@ class FaithfulnessStudy(ModelStudy):
         for method in self.methods:
             metric: Any = self.metrics[f"curve {method}"]
             areas = metric.compute()
-            # Within the context the images of all processes are there.
-            with metric.sync_context():
-                removed, values = metric.curves()
+            removed, values = metric.curves()
             summary += list(self._area_rows(method, areas, removed, values))
             curves += list(self._curve_rows(method, removed, values))
             place: Any = self.metrics[f"place {method}"]
-            if place.update_count:
-                with place.sync_context():
-                    counts = {k: int((~v.isnan()).sum()) for k, v in place.images().items()}
+            if len(place.rows):
+                counts = {k: int((~v.isnan()).sum()) for k, v in place.images().items()}
                 for name, value in place.compute().items():
                     n = counts[name]
                     summary.append(self.row(f"{method}/{name}", value, n, _NOWHERE))

@@ -1,4 +1,7 @@
-"""One geometry for image, mask and boxes, so that a mask never slips off its image."""
+"""One preprocessing: what a model reads of a photograph, with its mask and its boxes.
+
+One geometry serves image, mask and boxes, so that a mask never slips off its image.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,20 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from captum_classemb.data.sample import CONTEXT, OBJECT
-from captum_classemb.errors import InputError
-
-__all__ = ["Box", "PairedTransform", "ResizeMode", "boxes_to_mask"]
+from captum_classemb.errors import DataError, InputError
 
 #: x0, y0, x1, y1 in pixels; x1 and y1 are the far edges.
 Box = tuple[float, float, float, float]
 ResizeMode = Literal["crop", "squash"]
+
+#: Of an image that was resized but not cut yet.
+_MOST_PIXELS = 2**28
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -62,7 +67,7 @@ class _Geometry:
 
 
 @dataclass(frozen=True)
-class PairedTransform:
+class Preprocess:
     """Resize, cut and normalise an image; resize and cut its mask and boxes in the same way.
 
     ``mode="crop"`` is timm's evaluation transform: the shorter side is resized to
@@ -97,14 +102,20 @@ class PairedTransform:
             raise InputError(f"interpolation {self.interpolation!r} is unknown: give {known}.")
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], mode: ResizeMode = "crop") -> PairedTransform:
+    def from_config(cls, config: Mapping[str, Any], mode: ResizeMode = "crop") -> Preprocess:
         """The transform of a timm data configuration (``timm.data.resolve_data_config``).
 
         ``"crop"`` is the model's own evaluation transform; ``"squash"`` shows it the whole image.
 
         Raises:
-            InputError: if the configuration asks for borders, which a mask cannot follow.
+            InputError: if the configuration asks for borders, which a mask cannot follow, or the
+                model does not read colours.
         """
+        channels = config["input_size"][0]
+        if channels != 3:
+            raise InputError(
+                f"the model reads images of {channels} channels: photographs have 3 (RGB)."
+            )
         crop_mode = config.get("crop_mode", "center")
         if mode == "crop" and crop_mode == "border":
             raise InputError("the model's preprocessing pads images: use the resize mode 'squash'.")
@@ -118,6 +129,37 @@ class PairedTransform:
             mean=tuple(config["mean"]),
             std=tuple(config["std"]),
         )
+
+    @classmethod
+    def of_model(cls, model: nn.Module, mode: ResizeMode = "crop") -> Preprocess:
+        """The transform that a timm model's `pretrained_cfg` asks for."""
+        return cls.from_config(data_config(model), mode)
+
+    def describe(self) -> dict[str, Any]:
+        """The settings as plain values, for a result's record."""
+        return {
+            "input_size": [3, *self.size],
+            "resize": self.mode,
+            "crop_pct": self.crop_pct,
+            "interpolation": self.interpolation,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+    def view(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+        """What the model sees: the image resized and cut, H×W×3, before normalisation.
+
+        Raises:
+            DataError: if the image is so elongated that it could not be held when resized.
+        """
+        geometry = self._geometry((image.height, image.width))
+        return np.array(geometry.apply(image.convert("RGB"), _FILTERS[self.interpolation]))
+
+    def tensor(self, view: npt.NDArray[np.uint8]) -> Tensor:
+        """What the model reads: a view H×W×3, normalised, as a float32 tensor 3×H×W."""
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        pixels = torch.from_numpy(view).permute(2, 0, 1).float() / 255.0
+        return (pixels - mean) / std
 
     def _geometry(self, original: tuple[int, int]) -> _Geometry:
         scaled = (
@@ -134,6 +176,11 @@ class PairedTransform:
         else:
             factor = max(new / old for new, old in zip(scaled, original, strict=True))
             resized = tuple(round(side * factor) for side in original)  # type: ignore[assignment]
+        if resized[0] * resized[1] > _MOST_PIXELS:
+            raise DataError(
+                f"an image of {original[1]}×{original[0]} pixels is too elongated to be cropped: "
+                "cut it, or resize with 'squash'."
+            )
         offset = tuple(
             round((big - small) / 2.0) for big, small in zip(resized, self.size, strict=True)
         )
@@ -155,19 +202,19 @@ class PairedTransform:
         Returns:
             The image 3×H×W, its mask H×W and its boxes in pixels of the result; None where None
             was given. A box that is cut away entirely has no area.
+
+        Raises:
+            DataError: see :meth:`view`.
         """
         geometry = self._geometry((image.height, image.width))
-        pixels = geometry.apply(image.convert("RGB"), _FILTERS[self.interpolation])
-        tensor = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255.0
-        mean = torch.tensor(self.mean)[:, None, None]
-        std = torch.tensor(self.std)[:, None, None]
+        tensor = self.tensor(self.view(image))
         new_mask = None
         if mask is not None:
             stored = Image.fromarray(mask.numpy())
             cut = geometry.apply(stored, Image.Resampling.NEAREST)
             new_mask = torch.from_numpy(np.array(cut))
         new_boxes = None if boxes is None else [geometry.apply_box(box) for box in boxes]
-        return (tensor - mean) / std, new_mask, new_boxes
+        return tensor, new_mask, new_boxes
 
 
 def boxes_to_mask(boxes: Sequence[Box], size: tuple[int, int]) -> Tensor:

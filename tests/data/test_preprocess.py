@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 
-from captum_classemb.data import PairedTransform, boxes_to_mask, patch_mask
-from captum_classemb.errors import InputError
+from captum_classemb.data import Preprocess, boxes_to_mask, patch_mask
+from captum_classemb.errors import DataError, InputError
 
 
 def noise(height: int, width: int) -> Image.Image:
@@ -32,7 +32,7 @@ def test_crop_is_timms_evaluation_transform(
         "std": (0.2, 0.3, 0.4),
     }
     image = noise(*size)
-    ours, _, _ = PairedTransform.from_config(config)(image)
+    ours, _, _ = Preprocess.from_config(config)(image)
     theirs = create_transform(**config, is_training=False)(image)
     torch.testing.assert_close(ours, theirs)
 
@@ -53,7 +53,7 @@ def test_mask_and_boxes_stay_on_the_image(
     pixels = np.zeros((height, width, 3), dtype=np.uint8)
     pixels[y0:y1, x0:x1] = 255
     mask = torch.from_numpy((pixels[..., 0] > 0).astype(np.uint8))
-    transform = PairedTransform(
+    transform = Preprocess(
         size=(40, 40), mode=mode, interpolation="nearest", mean=(0, 0, 0), std=(1, 1, 1)
     )
     image, new_mask, boxes = transform(Image.fromarray(pixels), mask, [(x0, y0, x1, y1)])
@@ -69,7 +69,7 @@ def test_mask_and_boxes_stay_on_the_image(
 
 
 def test_a_box_that_is_cut_away_has_no_area() -> None:
-    transform = PairedTransform(size=(10, 10), crop_pct=1.0)
+    transform = Preprocess(size=(10, 10), crop_pct=1.0)
     _, _, boxes = transform(noise(10, 30), None, [(0, 0, 5, 10), (10, 0, 20, 10)])
     assert boxes == [(0.0, 0.0, 0.0, 10.0), (0.0, 0.0, 10.0, 10.0)]
     assert boxes_to_mask(boxes[:1], (10, 10)).sum() == 0
@@ -77,13 +77,15 @@ def test_a_box_that_is_cut_away_has_no_area() -> None:
 
 def test_refusals() -> None:
     with pytest.raises(InputError, match="resize mode 'fit' is unknown"):
-        PairedTransform(mode="fit")  # type: ignore[arg-type]
+        Preprocess(mode="fit")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="interpolation 'magic'"):
-        PairedTransform(interpolation="magic")
+        Preprocess(interpolation="magic")
     border = {"input_size": (3, 8, 8), "mean": (0,) * 3, "std": (1,) * 3, "crop_mode": "border"}
     with pytest.raises(InputError, match="'squash'"):
-        PairedTransform.from_config(border)
-    assert PairedTransform.from_config(border, "squash").mode == "squash"
+        Preprocess.from_config(border)
+    with pytest.raises(InputError, match="images of 1 channels"):
+        Preprocess.from_config({"input_size": (1, 28, 28), "mean": (0.5,), "std": (0.5,)})
+    assert Preprocess.from_config(border, "squash").mode == "squash"
 
 
 def test_patch_mask_nearest_is_the_top_left_pixel() -> None:
@@ -110,3 +112,10 @@ def test_patch_mask_refusals() -> None:
         patch_mask(torch.zeros(8, 8), (3, 2))
     with pytest.raises(InputError, match="rule 'mean'"):
         patch_mask(torch.zeros(8, 8), (2, 2), "mean")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [(1, 30000), (30000, 1)])
+def test_an_image_that_would_not_fit_into_memory_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(DataError, match="too elongated .* 'squash'"):
+        Preprocess()(Image.new("RGB", size))
+    assert Preprocess(mode="squash")(Image.new("RGB", size))[0].shape == (3, 224, 224)
