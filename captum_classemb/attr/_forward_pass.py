@@ -20,7 +20,8 @@ from captum_classemb.functional.precision import no_autocast
 from captum_classemb.readout import Readout
 from captum_classemb.vit import ViT
 from captum_classemb.vit.checks import reading
-from captum_classemb.vit.forward_pass import ForwardPass, forward_pass
+from captum_classemb.vit.forward_pass import forward_pass
+from captum_classemb.vit.memories import ForwardPass
 from captum_classemb.vit.verify import call_tolerance
 
 __all__ = ["Classes", "ForwardPassAttribution", "Needs"]

@@ -14,7 +14,7 @@ from captum_classemb.functional.attention import chunks, values_along
 from captum_classemb.functional.objectives import check_objective, paper_weights
 from captum_classemb.functional.precision import no_autocast, upcast
 from captum_classemb.readout import ClassEmbedding, OutputPath, Readout
-from captum_classemb.vit.forward_pass import ForwardPass, Stage
+from captum_classemb.vit.memories import ForwardPass, Stage
 
 __all__ = ["ClassEmbeddingGradient"]
 

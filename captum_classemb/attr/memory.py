@@ -23,9 +23,9 @@ from captum_classemb.functional.ledger import LogitLedger
 from captum_classemb.functional.objectives import check_objective
 from captum_classemb.functional.precision import no_autocast, upcast
 from captum_classemb.readout import ClassEmbedding, Linear, OutputPath, Readout
-from captum_classemb.readout.steps import along
+from captum_classemb.readout.output_path import along
 from captum_classemb.vit import Recording
-from captum_classemb.vit.forward_pass import ForwardPass, Stage
+from captum_classemb.vit.memories import ForwardPass, Stage
 
 __all__ = ["MemoryPatchImportance", "direct_entries", "direct_maps"]
 

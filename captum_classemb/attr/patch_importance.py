@@ -16,7 +16,7 @@ from captum_classemb.functional.importance import combined
 from captum_classemb.functional.objectives import check_objective
 from captum_classemb.functional.precision import no_autocast, upcast
 from captum_classemb.readout import ClassEmbedding, Readout
-from captum_classemb.vit.forward_pass import ForwardPass
+from captum_classemb.vit.memories import ForwardPass
 from captum_classemb.vit.stream import RowStream, follows_rows
 
 __all__ = ["PatchImportance"]

@@ -16,7 +16,7 @@ from captum_classemb.functional.identifiability import all_ranks, identifiabilit
 from captum_classemb.functional.precision import no_autocast, upcast
 from captum_classemb.readout import Readout
 from captum_classemb.vit.checks import reading
-from captum_classemb.vit.forward_pass import ForwardPass
+from captum_classemb.vit.memories import ForwardPass
 
 __all__ = ["ClassEmbeddingProjection", "Score", "token_scores"]
 

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["no_autocast", "upcast"]
+from captum_classemb.errors import NonFiniteError
+
+__all__ = ["no_autocast", "refuse_non_finite", "upcast"]
 
 
 def upcast(tensor: Tensor) -> Tensor:
@@ -21,3 +23,10 @@ def no_autocast(device: torch.device) -> Iterator[None]:
     """Compute without gradients and without autocast."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
+
+
+def refuse_non_finite(inputs: Tensor) -> None:
+    """Raise NonFiniteError if a pixel is NaN or infinite."""
+    # The sum is finite if every pixel is: one pass, where isfinite takes four.
+    if not torch.isfinite(upcast(inputs).sum()):
+        raise NonFiniteError("inputs hold NaN or infinity: finite pixels are needed.")

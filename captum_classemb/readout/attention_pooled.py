@@ -12,7 +12,10 @@ from torch.nn import functional as F
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.precision import upcast
 from captum_classemb.readout.base import Readout
-from captum_classemb.readout.steps import Linear, Norm, OutputPath, Step, along
+from captum_classemb.readout.linear import Linear
+from captum_classemb.readout.norm import Norm
+from captum_classemb.readout.output_path import OutputPath, along
+from captum_classemb.readout.steps import Step
 
 __all__ = ["AttentionPooled", "LatentPool", "ProbePool", "TimmLatentPool"]
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from captum_classemb.functional.precision import upcast
 from captum_classemb.readout.base import Readout
-from captum_classemb.readout.steps import Linear, Norm, along
+from captum_classemb.readout.linear import Linear
+from captum_classemb.readout.norm import Norm
+from captum_classemb.readout.output_path import along
 from captum_classemb.readout.text import TextEmbedding
 
 __all__ = ["ClassEmbedding", "Part"]

@@ -12,8 +12,8 @@ from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.functional.precision import upcast
 from captum_classemb.readout.base import Readout
 from captum_classemb.readout.class_embedding import ClassEmbedding, Part
+from captum_classemb.readout.linear import Linear
 from captum_classemb.readout.placed import Place, PlacedReadout
-from captum_classemb.readout.steps import Linear
 from captum_classemb.readout.text import TextEmbedding
 
 __all__ = ["LinearProbe", "PlaceProbe", "ProbeHeads", "features_of", "probe_tokens"]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from captum_classemb.functional.precision import upcast
 from captum_classemb.readout.base import Readout
+from captum_classemb.readout.output_path import along
 from captum_classemb.readout.placed import Place, PlacedReadout
-from captum_classemb.readout.steps import along
 
 __all__ = ["Translated", "Translator", "TunedLens"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from captum_classemb.errors import ClassEmbError, NonFiniteError, UnsupportedModelError
-from captum_classemb.vit.parts import refuse_non_finite
+from captum_classemb.functional.precision import refuse_non_finite
 
 __all__ = ["TOLERANCE", "Checks", "reading"]
 

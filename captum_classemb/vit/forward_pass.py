@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -19,79 +18,17 @@ from torch.utils.hooks import RemovableHandle
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.precision import no_autocast, upcast
 from captum_classemb.hooks import after, before, hooks_removed
-from captum_classemb.readout.steps import Linear, OutputPath, Step, stacked
+from captum_classemb.readout.output_path import OutputPath
+from captum_classemb.readout.steps import stacked
 from captum_classemb.vit.active_edits import refuse_edits
 from captum_classemb.vit.checks import Checks, reading
+from captum_classemb.vit.memories import ForwardPass, Kept, Stage, stages_of
 from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT
-from captum_classemb.vit.record import Recording, SiteRecorder
+from captum_classemb.vit.record import SiteRecorder
 
-__all__ = ["ForwardPass", "Memories", "Stage", "forward_pass"]
+__all__ = ["forward_pass"]
 
 ALL = slice(None)
-
-
-@dataclass
-class Memories:
-    """One attention module of each of L alike blocks, read as memories.
-
-    Attributes:
-        values: v, L×B×H×N×d, in the model's dtype.
-        keys: as they enter the dot products, L×B×H×N×d; None unless asked for.
-        attention: A at the query rows, L×B×H×Q×N; None unless asked for.
-        bias: what is added to the dot products of the query rows, by block; for keys alone.
-        path: from A·V to the residual stream, at the query rows.
-    """
-
-    values: Tensor
-    keys: Tensor | None
-    attention: Tensor | None
-    bias: list[Tensor | None]
-    path: OutputPath
-
-
-@dataclass
-class Stage:
-    """L blocks that are alike, or one block.
-
-    Attributes:
-        blocks: which.
-        modules: their attention modules, almost always one.
-    """
-
-    blocks: list[int]
-    modules: list[Memories]
-
-    @property
-    def attn_out(self) -> Tensor:
-        """What attention adds to the stream at the query rows: L×B×Q×D."""
-        return sum((m.path.output for m in self.modules[1:]), self.modules[0].path.output)
-
-
-@dataclass
-class ForwardPass:
-    """What is left of one forward pass.
-
-    Attributes:
-        logits: the model's own.
-        final: the residual stream after the last block, at the rows read, B×Q×D.
-        stages: the blocks that are read, in order.
-        resid_pre, mlp_out, resid_post: the stream at the rows read, L×B×Q×D, where rows are few.
-        checks: identities to be compared at the end of the call.
-        rows: the query rows.
-        recording: further sites, where they were asked for.
-        rebuilt: the model's own readout of ``final``, where these are the rows it reads.
-    """
-
-    logits: Tensor
-    final: Tensor
-    stages: list[Stage]
-    checks: Checks
-    rows: slice
-    recording: Recording | None = None
-    rebuilt: Tensor | None = None
-    resid_pre: Tensor | None = None
-    mlp_out: Tensor | None = None
-    resid_post: Tensor | None = None
 
 
 def forward_pass(
@@ -146,19 +83,6 @@ def _head_columns(
         return eye.repeat_interleave(width, 0) * scale
 
 
-@dataclass
-class _Kept:
-    """What is kept of one attention module of one block."""
-
-    values: Tensor
-    keys: Tensor | None
-    weights: Tensor | None
-    bias: Tensor | None
-    inner: tuple[Step, ...]
-    mixed: Tensor | None
-    output: Tensor | None
-
-
 class _Recorder:
     """The hooks of one pass.
 
@@ -178,7 +102,7 @@ class _Recorder:
         self.vit, self.rows, self.chosen = vit, rows, chosen
         self.attention, self.keys = attention, keys
         self.checks = Checks(type(vit.model).__qualname__, tolerance)
-        self.kept: list[dict[int, _Kept]] = [{} for _ in vit.blocks]
+        self.kept: list[dict[int, Kept]] = [{} for _ in vit.blocks]
         self.beside = len(chosen) == len(vit.blocks) and all(map(self._regular, vit.blocks))
         self.entered = -1
         self.left: tuple[Tensor, int | None] | None = None
@@ -286,7 +210,7 @@ class _Recorder:
         if self.keys:
             self.stream.append((upcast(self.pre).clone(), written, post.clone()))
 
-    def _modules(self, index: int) -> list[_Kept]:
+    def _modules(self, index: int) -> list[Kept]:
         name, found = type(self.vit.model).__qualname__, self.kept[index]
         count = len(self.vit.blocks[index].attentions)
         if len(found) != count:
@@ -333,7 +257,7 @@ class _Recorder:
             handles.append(before(mlp.fc2, self._heard(enter)))
         return [*handles, after(mlp.module, self._heard(end))]
 
-    def _keep(self, attention: Attention, call: Call) -> _Kept:
+    def _keep(self, attention: Attention, call: Call) -> Kept:
         values, output = attention.values(call), attention.output(call, self.rows)
         batch, heads, count, width = values.shape
         if self.buffer is None:
@@ -347,7 +271,7 @@ class _Recorder:
         torch.cat(pieces, 2, out=slot)
         inner = tuple(step.read() for step in attention.inner(call, self.rows))
         reads = any(not step.uniform for step in inner)
-        return _Kept(
+        return Kept(
             slot[:, :, :count],
             slot[:, :, count : 2 * count] if self.keys else None,
             self._weights(attention, call) if self.attention else None,
@@ -412,7 +336,7 @@ class _Recorder:
         elif self.stream:
             streams = zip(*self.stream, strict=True)
             done.resid_pre, done.mlp_out, done.resid_post = map(torch.stack, streams)
-        done.stages = self._stages(kept)
+        done.stages = stages_of(self.vit, self.chosen, kept, self.keys)
         if self.attention:
             for stage in done.stages:
                 self._compare_attention(stage)
@@ -425,7 +349,7 @@ class _Recorder:
             self.checks.equal("outputs", self.chosen, total, done.resid_post)
         return done
 
-    def _beside(self, done: ForwardPass, kept: list[list[_Kept]]) -> None:
+    def _beside(self, done: ForwardPass, kept: list[list[Kept]]) -> None:
         """The rows that lie beside the values: outputs of attention, the stream, and MLPs."""
         assert self.buffer is not None
         count = done.final.shape[1]
@@ -446,53 +370,6 @@ class _Recorder:
             each = [OutputPath.of(o, w).output for o, w in zip(outer, written, strict=True)]
             done.mlp_out = torch.stack(each)
 
-    def _stages(self, kept: list[list[_Kept]]) -> list[Stage]:
-        """All blocks as one stage if they are alike, or a stage for each."""
-        shapes = {tuple(k.values.shape for k in modules) for modules in kept}
-        made = {self._made(index) for index in self.chosen} if self.keys else set()
-        if len(shapes) == 1 and len(made) <= 1:
-            stage = self._stage(self.chosen, kept)
-            if stage is not None:
-                return [stage]
-        stages = []
-        for index, modules in zip(self.chosen, kept, strict=True):
-            stage = self._stage([index], [modules])
-            assert stage is not None
-            stages.append(stage)
-        return stages
-
-    def _made(self, index: int) -> tuple[Any, ...]:
-        """What blocks share if the same steps make their queries, keys, values and MLPs."""
-        block = self.vit.blocks[index]
-        paths = [p for a in block.attentions for p in (a.entry, a.query_steps, a.key_steps)]
-        paths += [a.projections or () for a in block.attentions]
-        paths += [(*m.entry, *(m.hidden or ()), m.proj, *m.outer) for m in block.mlps]
-        return tuple(tuple(_shape_of(step) for step in path) for path in paths)
-
-    def _stage(self, blocks: list[int], kept: list[list[_Kept]]) -> Stage | None:
-        found = []
-        for number, column in enumerate(zip(*kept, strict=True)):
-            attentions = [self.vit.blocks[i].attentions[number] for i in blocks]
-            paths = [
-                (*k.inner, a.proj.read(), *(step.read() for step in a.outer))
-                for k, a in zip(column, attentions, strict=True)
-            ]
-            steps = stacked(paths)
-            if steps is None:
-                if len(paths) > 1:
-                    return None
-                steps = paths[0]
-            found.append(
-                Memories(
-                    _joined([k.values for k in column]),
-                    None if column[0].keys is None else _joined([k.keys for k in column]),
-                    None if column[0].weights is None else _joined([k.weights for k in column]),
-                    [k.bias for k in column],
-                    _output_path(steps, len(column[0].inner), column),
-                )
-            )
-        return Stage(blocks, found)
-
     def _compare_attention(self, stage: Stage) -> None:
         """A·V through the steps up to W_O is what attention returned, at the query rows."""
         for number, memories in enumerate(stage.modules):
@@ -504,42 +381,3 @@ class _Recorder:
             steps = memories.path.inputs[count:]
             real = steps[0] if steps else memories.path.output
             self.checks.equal("attention outputs", stage.blocks, rebuilt.output, real)
-
-
-def _shape_of(step: Step) -> Any:
-    if not isinstance(step, Linear):
-        return step.likeness()
-    module: Any = step.module
-    return type(step), getattr(module, "in_features", None), getattr(module, "out_features", None)
-
-
-def _output_path(steps: tuple[Step, ...], inner: int, column: Sequence[_Kept]) -> OutputPath:
-    """The path with what entered its steps: A·V where a norm reads it, W_O's output at the end."""
-    output = upcast(_joined([k.output for k in column]))
-    outer = OutputPath.of(steps[inner + 1 :], output)
-    if column[0].mixed is None:
-        inputs: tuple[Tensor, ...] = (output[..., :0],) * (inner + 1)
-    else:
-        before_w_o = OutputPath.of(steps[:inner], upcast(_joined([k.mixed for k in column])))
-        inputs = (*before_w_o.inputs, before_w_o.output)
-    return OutputPath(steps, (*inputs, *outer.inputs), outer.output)
-
-
-def _joined(tensors: Sequence[Tensor | None]) -> Tensor:
-    """L tensors as one, without a copy where they follow each other in memory."""
-    first = tensors[0]
-    assert first is not None
-    if len(tensors) == 1:
-        return first[None]
-    step = first.numel() and tensors[1].storage_offset() - first.storage_offset()  # type: ignore[union-attr]
-    base = first.untyped_storage().data_ptr()
-    follow = all(
-        t is not None
-        and t.untyped_storage().data_ptr() == base
-        and t.stride() == first.stride()
-        and t.storage_offset() == first.storage_offset() + i * step
-        for i, t in enumerate(tensors)
-    )
-    if follow and step > 0:
-        return first.as_strided((len(tensors), *first.shape), (step, *first.stride()))
-    return torch.stack(list(tensors))  # type: ignore[arg-type]

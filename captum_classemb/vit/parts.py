@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_classemb.errors import InputError, NonFiniteError, UnsupportedModelError
+from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.functional.attention import attention_weights
 from captum_classemb.functional.grid import patch_index
-from captum_classemb.functional.precision import upcast
+from captum_classemb.functional.precision import refuse_non_finite, upcast
 from captum_classemb.readout import Linear, OutputPath, Readout, Step
 
 __all__ = ["MLP", "Attention", "Block", "Call", "ViT", "split_heads"]
@@ -238,13 +238,6 @@ class Block:
     stream: int = 0
 
 
-def refuse_non_finite(inputs: Tensor) -> None:
-    """Raise NonFiniteError if a pixel is NaN or infinite."""
-    # The sum is finite if every pixel is: one pass, where isfinite takes four.
-    if not torch.isfinite(upcast(inputs).sum()):
-        raise NonFiniteError("inputs hold NaN or infinity: finite pixels are needed.")
-
-
 def split_heads(tokens: Tensor, heads: int) -> Tensor:
     """B×N×(H·d) to B×H×N×d."""
     batch, count, width = tokens.shape
@@ -389,7 +382,7 @@ class ViT(nn.Module):
         return index[None, None]
 
     def check_inputs(self, inputs: Tensor, finite: bool = True) -> None:
-        """Raise InputError unless ``inputs`` is a batch of (finite) images that the model takes."""
+        """Raise InputError unless ``inputs`` is a batch of images that the model takes."""
         if inputs.dim() != 4:
             raise InputError(
                 f"inputs have shape {tuple(inputs.shape)}: a batch of images "

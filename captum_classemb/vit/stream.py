@@ -16,15 +16,11 @@ from torch import Tensor
 
 from captum_classemb.functional.norm import NormJacobian
 from captum_classemb.functional.precision import upcast
-from captum_classemb.readout.steps import (
-    Gate,
-    GateDerivative,
-    Linear,
-    OutputPath,
-    Step,
-    stacked,
-)
-from captum_classemb.vit.forward_pass import ForwardPass, Stage
+from captum_classemb.readout.derivatives import GateDerivative
+from captum_classemb.readout.linear import Linear
+from captum_classemb.readout.output_path import OutputPath
+from captum_classemb.readout.steps import Gate, Step, stacked
+from captum_classemb.vit.memories import ForwardPass, Stage
 from captum_classemb.vit.parts import MLP, Attention, Call, ViT
 
 __all__ = ["RowStream", "follows_rows"]

@@ -11,7 +11,7 @@ from timm.layers import RmsNorm
 from torch import Tensor, nn
 
 from captum_classemb.readout import Gate, LayerScale, Linear, Norm, OutputPath, Step
-from captum_classemb.readout.steps import along
+from captum_classemb.readout.output_path import along
 
 
 def a_path(x: Tensor, order: str) -> tuple[OutputPath, Callable[[Tensor], Tensor]]:

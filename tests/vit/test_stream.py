@@ -13,7 +13,8 @@ from torch import Tensor
 
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.readout import Linear
-from captum_classemb.vit.forward_pass import ForwardPass, forward_pass
+from captum_classemb.vit.forward_pass import forward_pass
+from captum_classemb.vit.memories import ForwardPass
 from captum_classemb.vit.stream import RowStream, follows_rows
 
 K = 2
