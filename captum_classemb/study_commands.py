@@ -29,18 +29,18 @@ def _options() -> list[click.Option]:
     return [
         click.Option(
             ["--model"], required=True, metavar="NAME",
-            help="A Vision Transformer that timm knows, or one of the paper's short names.",
+            help="A name of timm's, or of the paper's models.",
         ),
         click.Option(
             ["--checkpoint"], type=file, metavar="FILE",
-            help="Weights for it: safetensors, or a PyTorch file of plain tensors.",
+            help="Weights for it, as tensors alone.",
         ),
         click.Option(
-            ["--random-init"], is_flag=True, help="Leave the weights as initialised (control)."
+            ["--random-init"], is_flag=True, help="Leave weights as initialised (control)."
         ),
         click.Option(
             ["--data", "data_path"], required=True, type=folder, metavar="PATH",
-            help="Folder of the dataset; or the word scenes: digits drawn on demand.",
+            help="Folder of the dataset; or scenes, digits.",
         ),
         click.Option(
             ["--layout"], type=click.Choice(list(LAYOUTS)),
@@ -48,8 +48,7 @@ def _options() -> list[click.Option]:
         ),
         click.Option(
             ["--labels"], metavar="FILE",
-            help="Which class each folder is: lines folder,class or a JSON object; or the word "
-            "sorted: counted in sorted order. Default: by WordNet ids, class names or numbers.",
+            help="File of lines folder,class; or sorted.",
         ),
         click.Option(
             ["--resize"], type=click.Choice(["crop", "squash"]), default="crop", show_default=True,
@@ -61,7 +60,7 @@ def _options() -> list[click.Option]:
         ),
         click.Option(
             ["--limit"], type=positive, metavar="N",
-            help="Take N images, evenly spaced over the dataset.",
+            help="Take N images, evenly spaced.",
         ),
         click.Option(["--batch-size"], type=positive, default=32, show_default=True),
         click.Option(
@@ -74,7 +73,7 @@ def _options() -> list[click.Option]:
         ),
         click.Option(
             ["--device"], default="auto", show_default=True,
-            help="cpu, cuda, ...; auto: a GPU where there is one.",
+            help="cpu, cuda, ...; auto: a GPU, if any.",
         ),
         click.Option(["--seed"], type=click.IntRange(min=0), default=0, show_default=True),
         click.Option(
@@ -83,7 +82,7 @@ def _options() -> list[click.Option]:
         click.Option(["--resume"], is_flag=True, help="Go on with an interrupted run in DIR."),
         click.Option(
             ["--verify"], is_flag=True,
-            help="With --resume: read again all files that were read, to see that none changed.",
+            help="With --resume: hash all files again.",
         ),
         click.Option(["--quiet"], is_flag=True, help="No progress bar, no table."),
     ]  # fmt: skip

@@ -27,6 +27,7 @@ def write_page(run: Run, *, progress: bool = False) -> Outcome:
 
     Examples:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> from captum_classemb.explain import Options
         >>> from captum_classemb.models import demo_image_paths
         >>> with tempfile.TemporaryDirectory() as folder:
