@@ -109,15 +109,17 @@ def test_the_published_objective_is_one_map_or_refused(model: str, margin: int) 
     pixels = known.images.float()
     try:
         together = method.attribute_classes(pixels)
-        alone = [method.attribute_patches(pixels, c).sum((1, 2)) for c in range(together.shape[1])]
+        alone = {c: method.attribute_patches(pixels, c).sum((1, 2)) for c in some_classes(known)}
     except InputError as error:
         assert "image" in str(error) and margin > 8
         return
-    expected = torch.stack(alone, 1).double()
-    assert apart(together, expected) <= bound("gradient", margin), "of the largest class"
-    for c in some_classes(known) if margin <= 8 else ():
-        plain = reference.gradient(known, torch.full((2,), c), "paper").sum((1, 2))
-        assert apart(together[:, c], plain) <= 5e-3
+    largest = together.flatten(1).abs().amax(1)[:, None, None]
+    for c, found in alone.items():
+        error = ((together[:, c] - found).abs() / largest).nan_to_num(nan=torch.inf).max()
+        assert float(error) <= bound("gradient", margin), "of the largest class"
+        if margin <= 8:
+            plain = reference.gradient(known, torch.full((2,), c), "paper").sum((1, 2))
+            assert apart(together[:, c], plain) <= 5e-3
 
 
 @pytest.mark.parametrize("margin", MARGINS[:-1])

@@ -229,7 +229,7 @@ def _(p: Parts) -> None:
 # -- MLPs, norms and branches
 
 
-@change("another activation", EXACT, libraries=WITH_TORCHVISION)
+@change("another activation", EITHER, libraries=WITH_TORCHVISION)
 def _(p: Parts) -> None:
     p.put("act", nn.ReLU(), 1)
 
