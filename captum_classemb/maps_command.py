@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def maps_command(
 def _run(given: dict[str, Any]) -> None:
     import torch
 
-    from captum_classemb.explain.maps import MapOptions, resolve_targets, write_maps
+    from captum_classemb.explain.maps import MapOptions, write_maps
     from captum_classemb.models import class_names, load_model
     from captum_classemb.models.load import resolve_device
     from captum_classemb.runs.processes import init_process_group, is_main_process, local_device
@@ -116,7 +116,7 @@ def _run(given: dict[str, Any]) -> None:
     resolve_device(device)
     loud = is_main_process() and not given["quiet"]
     model = load_model(given["model"], random_init=True, device="meta")
-    targets = resolve_targets(given["targets"], class_names(model))
+    targets = _targets(given["targets"], class_names(model))
     _ = adapt(model).readout
     data = study_dataset(given, "label" in targets, say=loud)
     options = MapOptions(
@@ -137,3 +137,18 @@ def _run(given: dict[str, Any]) -> None:
 
 
 _SAME = ("shard", "batch_size", "limit", "workers", "resume", "verify")
+
+
+def _targets(given: Sequence[str], names: Any) -> list[Any]:
+    """Targets as the command line takes them: ``label``, ``predicted``, an index or a name.
+
+    Raises:
+        TargetError: if a class is unknown.
+    """
+    found: list[Any] = []
+    for text in dict.fromkeys(given or ("predicted",)):
+        if text == "label" or text == "predicted":
+            found.append(text)
+        else:
+            found.append(names.find(text))
+    return list(dict.fromkeys(found))

@@ -233,7 +233,6 @@ class _Writer:
         known = {number: self._known(number) for number, _ in mine}
         self.found = [done for done in known.values() if done is not None]
         missing = [(number, list(images)) for number, images in mine if known[number] is None]
-        sizes = [len(images) for _, images in missing]
         plan = [
             (number, batch)
             for number, images in missing
@@ -241,15 +240,14 @@ class _Writer:
         ]
         bar = tqdm(
             total=sum(len(images) for _, images in mine),
-            initial=sum(len(images) for _, images in mine) - sum(sizes),
+            initial=sum(len(images) for number, images in mine if known[number] is not None),
             unit="image",
             # None: shown on terminals alone.
             disable=None if self.options.progress and is_main_process() else True,
         )
-        workers = self.options.workers
+        batches = load_batches(self.data, plan, self.vit.device, self.options.workers)
+        done: list[_Mapped] = []
         with bar:
-            done: list[_Mapped] = []
-            batches = load_batches(self.data, plan, self.vit.device, workers)
             for place, batch in enumerate(batches):
                 done.append(self._map(batch))
                 bar.update(len(plan[place][1]))
@@ -401,18 +399,3 @@ class _Mapped:
             for k, target in enumerate(self.targets[i].tolist()):
                 score, share = (float(f"{float(x[i, k]):.7g}") for x in (scores, probabilities))
                 yield MapEntry(image, name, labels[i], target, best[i], score, share)
-
-
-def resolve_targets(given: Sequence[str], names: Any) -> list[Target]:
-    """Targets as the command line takes them: ``label``, ``predicted``, an index or a name.
-
-    Raises:
-        TargetError: if a class is unknown.
-    """
-    found: list[Target] = []
-    for text in dict.fromkeys(given or ("predicted",)):
-        if text == "label" or text == "predicted":
-            found.append(text)  # type: ignore[arg-type]
-        else:
-            found.append(names.find(text))
-    return list(dict.fromkeys(found))
