@@ -63,6 +63,9 @@ class PatchAttribution(Attribution):  # type: ignore[misc]
         readout: what maps features to logits; the model's own class embedding by default.
     """
 
+    #: False where a recorded pass tells what is not finite at its end.
+    _LOOKS_FOR_NAN = True
+
     def __init__(self, model: nn.Module, readout: Readout | None = None) -> None:
         self.vit: ViT = adapt(model)
         super().__init__(self.vit)
@@ -104,7 +107,7 @@ class PatchAttribution(Attribution):  # type: ignore[misc]
             TargetError: if the target is missing, out of range, or of the wrong length or type.
         """
         args = forward_args(additional_forward_args)
-        pixels = images(self.vit, inputs, args)
+        pixels = images(self.vit, inputs, args, finite=self._LOOKS_FOR_NAN)
         patches = self._patch_scores(pixels, target, args)
         return like_inputs(inputs, self._to_pixels(upcast(patches), pixels))
 
@@ -119,7 +122,7 @@ class PatchAttribution(Attribution):  # type: ignore[misc]
         Prefix tokens are left out. Arguments and errors as for :meth:`attribute`.
         """
         args = forward_args(additional_forward_args)
-        return upcast(self._patch_scores(images(self.vit, inputs, args), target, args))
+        return upcast(self._patch_scores(images(self.vit, inputs, args, finite=self._LOOKS_FOR_NAN), target, args))
 
     @abstractmethod
     def attribute_classes(

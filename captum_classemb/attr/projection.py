@@ -75,6 +75,8 @@ class ClassEmbeddingProjection(PatchAttribution):
         torch.Size([1, 10, 8, 8])
     """
 
+    _LOOKS_FOR_NAN = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -142,7 +144,7 @@ class ClassEmbeddingProjection(PatchAttribution):
         additional_forward_args: Any = None,
     ) -> Tensor:
         args = forward_args(additional_forward_args)
-        pixels = images(self.vit, inputs, args)
+        pixels = images(self.vit, inputs, args, finite=False)
         index = None if classes is None else self._classes(classes, pixels)
         tokens, done = self._tokens(pixels, args)
         done.checks.finish()

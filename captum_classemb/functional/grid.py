@@ -88,7 +88,15 @@ def _pixels(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The patch of each pixel, and the values each patch shares its score among; made once."""
+    height, width = patch_size or (None, None)
     with torch.inference_mode(False):
-        index = patch_index(image_size, grid, patch_size).flatten()
-        counts = torch.bincount(index, minlength=grid[0] * grid[1]) * channels
-        return index.to(device), counts.to(device, dtype)
+        rows = _cells(image_size[0], grid[0], height, device)
+        columns = _cells(image_size[1], grid[1], width, device)
+        index = (rows[:, None] * grid[1] + columns).flatten()
+        # Counted by axis: the shape of a count by value would depend on the values.
+        high, wide = (
+            (cells == torch.arange(n, device=device)[:, None]).sum(1)
+            for cells, n in zip((rows, columns), grid, strict=True)
+        )
+        counts = (high[:, None] * wide).flatten() * channels
+        return index, counts.to(dtype)

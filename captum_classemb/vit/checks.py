@@ -95,7 +95,7 @@ class Checks:
             NonFiniteError: if an image's values are not finite.
             ClassEmbError: the error of a condition.
         """
-        parts = [holds.all()[None] for holds, _ in self._conditions]
+        parts = [(~holds).any()[None] for holds, _ in self._conditions]
         parts += [n.reshape(-1) for i in self._identities for n in (i.difference, i.size)]
         if not parts:
             return
@@ -103,8 +103,8 @@ class Checks:
             (i.difference.dtype for i in self._identities), key=_bits, default=torch.float32
         )
         both = torch.cat([part.to(widest) for part in parts]).tolist()
-        for held, (_, error) in zip(both, self._conditions, strict=False):
-            if not held:
+        for failed, (_, error) in zip(both, self._conditions, strict=False):
+            if failed:
                 raise error()
         both = both[len(self._conditions) :]
         sizes = [identity.difference.numel() for identity in self._identities]
