@@ -6,7 +6,7 @@ from captum_classemb.attr.layers import LayerClassEmbeddingProjection, LayerMemo
 from captum_classemb.attr.memory import MemoryPatchImportance
 from captum_classemb.attr.patch_importance import PatchImportance
 from captum_classemb.attr.projection import ClassEmbeddingProjection
-from captum_classemb.attr.registry import METHODS, Method, register_method
+from captum_classemb.attr.registry import METHODS, register_method
 from captum_classemb.attr.together import attribute_together
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "LayerClassEmbeddingProjection",
     "LayerMemoryContribution",
     "MemoryPatchImportance",
-    "Method",
     "PatchAttribution",
     "PatchImportance",
     "attribute_together",

@@ -122,7 +122,11 @@ class PatchAttribution(Attribution):  # type: ignore[misc]
         Prefix tokens are left out. Arguments and errors as for :meth:`attribute`.
         """
         args = forward_args(additional_forward_args)
-        return upcast(self._patch_scores(images(self.vit, inputs, args, finite=self._LOOKS_FOR_NAN), target, args))
+        return upcast(
+            self._patch_scores(
+                images(self.vit, inputs, args, finite=self._LOOKS_FOR_NAN), target, args
+            )
+        )
 
     @abstractmethod
     def attribute_classes(

@@ -117,9 +117,11 @@ class GatedDerivative:
     factors: Tensor
 
     def vjp(self, cotangent: Tensor) -> Tensor:
+        """Jᵀ·cotangent."""
         return torch.cat([cotangent, cotangent], -1) * self.factors[..., None, :]
 
     def jvp(self, tangent: Tensor) -> Tensor:
+        """J·tangent."""
         a, b = (tangent * self.factors[..., None, :]).chunk(2, -1)
         return a + b
 

@@ -41,6 +41,7 @@ class Diagonal:
     factor: Tensor | float
 
     def vjp(self, cotangent: Tensor) -> Tensor:
+        """Jᵀ·cotangent."""
         return cotangent * self.factor
 
     jvp = vjp
@@ -66,9 +67,11 @@ class Matrix:
     weight: Tensor
 
     def vjp(self, cotangent: Tensor) -> Tensor:
+        """Jᵀ·cotangent."""
         return product(cotangent, self.weight)
 
     def jvp(self, tangent: Tensor) -> Tensor:
+        """J·tangent."""
         return product(tangent, self.weight.mT)
 
     def __getitem__(self, index: Any) -> Matrix:

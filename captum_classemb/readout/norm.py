@@ -169,9 +169,11 @@ class Grouped:
     groups: int
 
     def vjp(self, cotangent: Tensor) -> Tensor:
+        """Jᵀ·cotangent."""
         return self._apply(self.inner.vjp, cotangent)
 
     def jvp(self, tangent: Tensor) -> Tensor:
+        """J·tangent."""
         return self._apply(self.inner.jvp, tangent)
 
     def __getitem__(self, index: Any) -> Grouped:

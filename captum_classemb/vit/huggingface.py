@@ -13,16 +13,16 @@ from captum_classemb.readout import (
     Activation,
     AttentionPooled,
     ClassEmbedding,
-    GatedActivation,
     LayerScale,
     Linear,
     Norm,
     Part,
-    ProbePool,
     Readout,
-    SideBySide,
     Step,
 )
+from captum_classemb.readout.activation import GatedActivation
+from captum_classemb.readout.attention_pooled import ProbePool
+from captum_classemb.readout.linear import SideBySide
 from captum_classemb.vit.adapt import register_adapter
 from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT, split_heads
 

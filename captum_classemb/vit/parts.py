@@ -244,6 +244,11 @@ def split_heads(tokens: Tensor, heads: int) -> Tensor:
     return tokens.view(batch, count, heads, width // heads).transpose(1, 2)
 
 
+#: What an adapter says of a model.
+_FACTS = ("blocks", "_own_readout", "prefix_tokens", "patch_size", "image_size", "channels")
+_FACTS += ("_grid", "resized_to", "call")
+
+
 class ViT(nn.Module):
     """A Vision Transformer that the library can read; called, it returns the model's logits.
 
@@ -295,8 +300,8 @@ class ViT(nn.Module):
         if self.adapter is None:
             return
         fresh = self.adapter(self.model)
-        kept = ("adapter", "verified", "training", "quantised")
-        self.__dict__.update({k: v for k, v in vars(fresh).items() if k not in kept})
+        for name in _FACTS:
+            self.__dict__[name] = fresh.__dict__[name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         output = (self.model if self.call is None else self.call)(*args, **kwargs)

@@ -199,6 +199,7 @@ class SiteRecorder:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
+        """Within the context the hooks are set."""
         with hooks_removed(self.handles):
             self.handles += [
                 before(self.vit.model, self._enter),
@@ -222,6 +223,7 @@ class SiteRecorder:
         return after(module, lambda *call: hook(*call) if self.depth <= 1 else None)
 
     def finish(self, logits: Tensor) -> Recording:
+        """What was kept, once the pass is done."""
         for site, entries in self.recording.sites.items():
             for index in sorted(self.keep[site]):
                 if entries[index] is None:

@@ -17,8 +17,8 @@ from captum_classemb.readout import (
     Norm,
     Part,
     Readout,
-    TimmLatentPool,
 )
+from captum_classemb.readout.attention_pooled import TimmLatentPool
 from captum_classemb.vit.adapt import register_adapter
 from captum_classemb.vit.parts import ViT
 from captum_classemb.vit.timm_attention import TimmAttention

@@ -8,15 +8,9 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import nn
 
 from captum_classemb.errors import UnsupportedModelError
-from captum_classemb.readout import (
-    Activation,
-    GatedActivation,
-    LayerScale,
-    Linear,
-    Norm,
-    SideBySide,
-    Step,
-)
+from captum_classemb.readout import Activation, LayerScale, Linear, Norm, Step
+from captum_classemb.readout.activation import GatedActivation
+from captum_classemb.readout.linear import SideBySide
 from captum_classemb.vit.parts import MLP, Attention, Block
 from captum_classemb.vit.timm_attention import read_attention
 

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from captum_classemb.readout import (
     Activation,
     Gate,
-    GatedActivation,
     LayerScale,
     Linear,
     Norm,
     OutputPath,
     Scale,
-    SideBySide,
     Step,
 )
+from captum_classemb.readout.activation import GatedActivation
+from captum_classemb.readout.linear import SideBySide
 from captum_classemb.readout.steps import stacked
 
 L = 3

@@ -14,17 +14,9 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from captum_classemb.errors import UnsupportedModelError
-from captum_classemb.readout import (
-    Activation,
-    Gate,
-    GatedActivation,
-    LayerScale,
-    Linear,
-    Norm,
-    Scale,
-    SideBySide,
-    Step,
-)
+from captum_classemb.readout import Activation, Gate, LayerScale, Linear, Norm, Scale, Step
+from captum_classemb.readout.activation import GatedActivation
+from captum_classemb.readout.linear import SideBySide
 
 
 def check(step: Step, module: Callable[[Tensor], Tensor], x: Tensor) -> None:

@@ -17,7 +17,8 @@ from captum_classemb.data import TrainAndTest
 from captum_classemb.errors import DataError, InputError
 from captum_classemb.functional.precision import upcast
 from captum_classemb.models.names import class_names
-from captum_classemb.readout import ClassEmbedding, LinearProbe, encode_readout
+from captum_classemb.readout import ClassEmbedding, LinearProbe
+from captum_classemb.readout.files import encode_readout
 from captum_classemb.readout.probe import features_of, probe_tokens
 from captum_classemb.runs.batches import Batch
 from captum_classemb.runs.config import StudyConfig
