@@ -2,6 +2,11 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -185,7 +190,7 @@ if "CLASSEMB_CHECKPOINT" in os.environ:
     command += ["--checkpoint", os.environ["CLASSEMB_CHECKPOINT"]]
 subprocess.run([sys.executable, "-m", "captum_classemb", *command], check=True)
 
-(table,) = (here / "results").glob("*.csv")
+table = here / "results" / "identifiability.csv"
 lines = table.read_text().splitlines()
 print(f"{table.name}: {len(lines) - 1} numbers")
 print("\n".join(lines[:4]))

@@ -211,6 +211,7 @@ def test_command_line(tmp_path: Path) -> None:
     arguments = [
         "memories", "--model", "test_vit", "--random-init", "--data", str(tmp_path / "data"),
         "--output", str(output), "--batch-size", "3", "--device", "cpu", "--limit", "3",
+        "--labels", "sorted",
     ]  # fmt: skip
     group = study_group()
     done = CliRunner().invoke(group, arguments, catch_exceptions=False)

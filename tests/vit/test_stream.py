@@ -117,7 +117,9 @@ def check(known: Case, rows: slice) -> None:
                 assert worst(z, into_w_o[i]) <= tolerance, f"A·V of block {block}"
             by_head = z.unflatten(-1, (attention.heads, -1)).permute(0, 3, 1, 2, 4)
             along = torch.einsum("bhqkd,bhnd->bhqkn", by_head, values[i])
-            assert worst(carried[i], weights[i][:, :, :, None] * along) <= 1e-12
+            # Up to a factor that all blocks share, where they do.
+            scale = attention.scale() if stream._even else 1.0
+            assert worst(carried[i], scale * weights[i][:, :, :, None] * along) <= 1e-12
         c = entering
     done.checks.finish()
 

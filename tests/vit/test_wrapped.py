@@ -181,7 +181,7 @@ def test_a_replaced_forward_is_noticed(model: Any, images: Tensor) -> None:
     attention = model.blocks[0].attn
     original = attention.forward
     attention.forward = lambda x, **options: 2 * original(x)
-    with pytest.raises(UnsupportedModelError, match="attention outputs differ"):
+    with pytest.raises(UnsupportedModelError, match="attention outputs of block 0 differ"):
         ClassEmbeddingGradient(model).attribute(images, TARGET)
 
 
