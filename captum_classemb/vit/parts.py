@@ -245,8 +245,17 @@ def split_heads(tokens: Tensor, heads: int) -> Tensor:
 
 
 #: What an adapter says of a model.
-_FACTS = ("blocks", "_own_readout", "prefix_tokens", "patch_size", "image_size", "channels")
-_FACTS += ("_grid", "resized_to", "call")
+_FACTS = (
+    "blocks",
+    "_own_readout",
+    "prefix_tokens",
+    "patch_size",
+    "image_size",
+    "channels",
+    "_grid",
+    "resized_to",
+    "call",
+)
 
 
 class ViT(nn.Module):
