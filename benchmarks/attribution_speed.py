@@ -80,6 +80,7 @@ def methods(model: Any, eager: Any, images: Tensor) -> dict[str, Callable[[], An
             images
         ),
         "MemoryPatchImportance.attribute_classes (all)": lambda: memory.attribute_classes(images),
+        "PatchImportance.attribute_classes (all)": lambda: importance.attribute_classes(images),
         "eager autograd of all attention maps": eager_autograd(eager, images, target),
         "Captum LayerGradCam": lambda: gradcam.attribute(images, target),
         "Captum Saliency": lambda: Saliency(model).attribute(images, target),
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--own", action="store_true", help="leave out what others would use")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
@@ -104,6 +106,8 @@ def main() -> None:
     eager = timm.create_model(arguments.model).eval().to(device, dtype)
     images = torch.randn(arguments.batch, 3, 224, 224, device=device, dtype=dtype)
     calls = methods(model, eager, images)
+    if arguments.own:
+        calls = {name: c for name, c in calls.items() if not name.startswith(("Captum", "eager"))}
     timings = interleaved(calls, FORWARD, arguments.rounds, device)
     result = {
         "model": arguments.model,

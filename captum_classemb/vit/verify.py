@@ -8,11 +8,14 @@ compared at every call at the rows that are read, by :mod:`~captum_classemb.vit.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.functional.precision import no_autocast, upcast
@@ -92,7 +95,9 @@ def verify(vit: ViT, pixels: Tensor, forward_args: tuple[Any, ...] = ()) -> None
     with torch.no_grad():
         vit(some, *forward_args)
     # The model itself runs: what fails now is its reading.
-    with reading(name):
+    with reading(name), _in_float32(vit) as in_float32:
+        if in_float32:
+            some, tolerance = some.float(), WHOLE[torch.float32]
         errors = _errors(vit, some, forward_args)
     for what, by_block in errors.items():
         for block, error in enumerate(by_block):
@@ -107,6 +112,31 @@ def verify(vit: ViT, pixels: Tensor, forward_args: tuple[Any, ...] = ()) -> None
     if len(vit.verified) > 64:
         vit.verified.clear()
     vit.verified.add((_state(vit)[0], pixels.shape[1:]))
+
+
+@contextmanager
+def _in_float32(vit: ViT) -> Iterator[bool]:
+    """Within the context a model in half precision runs on its weights in float32.
+
+    The model is never converted: each call borrows the upcast weights. Yields whether it does so.
+    """
+    half = vit.dtype in (torch.float16, torch.bfloat16)
+    if not half or vit.call is not None or vit.quantised:
+        yield False
+        return
+    own = {**dict(vit.model.named_parameters()), **dict(vit.model.named_buffers())}
+    wide = {k: t.detach().float() if t.is_floating_point() else t for k, t in own.items()}
+    vit.call = partial(_borrowing, vit.model, wide)
+    try:
+        device = next(iter(own.values())).device
+        with torch.autocast(device.type, enabled=False):
+            yield True
+    finally:
+        vit.call = None
+
+
+def _borrowing(model: nn.Module, weights: dict[str, Tensor], *args: Any) -> Any:
+    return functional_call(model, weights, args)
 
 
 def _state(vit: ViT) -> tuple[int, bool]:

@@ -11,6 +11,7 @@ from methods import METHODS
 from torch import Tensor
 
 from captum_classemb import MemoryPatchImportance
+from captum_classemb.errors import UnsupportedModelError
 
 TARGET = torch.tensor([2, 0, 6])
 
@@ -56,3 +57,17 @@ def test_the_ledger_adds_up_in_half_precision(dtype: torch.dtype) -> None:
     tolerance = {torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
     assert ledger.attention.dtype == torch.float32
     assert bool((ledger.delta.abs() <= tolerance * ledger.magnitude).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_readings_of_half_precision_are_held_to_float32(dtype: torch.dtype) -> None:
+    """What bfloat16 would take for rounding is seen on the weights in float32."""
+    model: Any = tiny().to(dtype)
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    images = torch.randn(2, 3, 32, 32)
+    assert MemoryPatchImportance(model).attribute(images, 1).dtype == torch.float32
+    for name, p in model.named_parameters():
+        assert p.dtype == dtype and torch.equal(p, weights[name])
+    model.blocks[1].attn.proj.register_forward_hook(lambda module, args, out: out * 1.02)
+    with pytest.raises(UnsupportedModelError, match="attention outputs of block 1"):
+        MemoryPatchImportance(model).attribute(images, 1)
