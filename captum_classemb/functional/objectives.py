@@ -59,6 +59,7 @@ def logit_gradient(
         …×B×K×C.
 
     Examples:
+        >>> import torch
         >>> logit_gradient(torch.zeros(1, 2), torch.tensor([[0]]), "log_probability")
         tensor([[[ 0.5000, -0.5000]]])
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from captum_classemb.functional.importance import combined, share
+from captum_classemb.functional.importance import combined
 
 
 def test_shares_add_and_the_stream_confirms() -> None:
@@ -27,13 +27,6 @@ def test_an_estimate_without_evidence_adds_nothing() -> None:
     share = stream / stream.sum()
     assert torch.allclose(combined(stream, direct), share * share.sum(1, keepdim=True).sqrt())
     assert (combined(direct, stream) == 0).all()
-
-
-def test_an_estimate_is_divided_by_what_its_map_sums_to() -> None:
-    estimate = torch.tensor([[[1.0, -3.0], [1.0, 1.0]]])  # the map is [2, -2]
-    entries, whole = share(estimate, 1)
-    assert torch.equal(entries, estimate / 4)
-    assert torch.equal(whole, torch.tensor([[[0.5, -0.5]]]))
 
 
 def test_blocks_and_heads_are_dimensions_of_one_sum() -> None:

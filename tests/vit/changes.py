@@ -44,10 +44,20 @@ def change(name: str, allowed: frozenset[str], **options: Any) -> Callable[..., 
     """Add a function to the catalogue."""
 
     def add(apply: Callable[[Parts], Any]) -> Callable[[Parts], Any]:
-        CHANGES.append(Change(name, allowed, apply, **options))
+        # A module that is collected for its examples too is imported twice.
+        again = any(
+            known.name == name and _place(known.apply) == _place(apply) for known in CHANGES
+        )
+        if not again:
+            CHANGES.append(Change(name, allowed, apply, **options))
         return apply
 
     return add
+
+
+def _place(function: Any) -> tuple[str, int]:
+    code = function.__code__
+    return code.co_filename, code.co_firstlineno
 
 
 def scaled(module: Any, by: float = 1.3) -> None:
