@@ -140,9 +140,11 @@ class ClassEmbeddingGradient(ForwardPassAttribution):
                 common.append((features @ (r[some] @ everything)[..., None]).sum(0))
                 if self.objective == "paper":
                     mean = features @ (p[some] @ everything)[..., None]
-                    part = ((features @ chosen.T - mean) * p[some][..., None, index]).sum(0)
+                    # In place: fresh pages would cost more than the products.
+                    each = (features @ chosen.T).sub_(mean).mul_(p[some][..., None, index])
+                    part = each[0] if len(each) == 1 else each.sum(0)
                 else:
-                    part = features.sum(0)
+                    part = features[0] if len(features) == 1 else features.sum(0)
                 total = part if total is None else total.add_(part)
         assert total is not None
         maps = total if self.objective == "paper" else total @ chosen.T

@@ -147,25 +147,31 @@ def _state(vit: ViT) -> tuple[int, bool]:
     """
     parts: list[Any] = []
     training = False
-    modules = [vit.model]
+    modules: list[nn.Module | None] = [vit.model]
     while modules:
         module = modules.pop()
+        if module is None:
+            continue
         own = module.__dict__
         parts.append(id(module))
-        training = training or own.get("training", False)
+        if own.get("training", False):
+            training = True
         for tensors in (own["_parameters"], own["_buffers"]):
-            for t in tensors.values():
-                if t is not None:
-                    parts += (id(t), t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype)
+            if tensors:
+                for t in tensors.values():
+                    if t is not None:
+                        version = 0 if t.is_inference() else t._version
+                        parts += (id(t), t.data_ptr(), version)
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
             hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
             parts += (*map(id, hooks), id(own.get("forward")))
-        modules += [m for m in own["_modules"].values() if m is not None]
+        if own["_modules"]:
+            modules += own["_modules"].values()
     read = [vit.model, *vit.model.children()]
     for block in vit.blocks:
         read += [block.module, *(attention.module for attention in block.attentions)]
     for module in read:
-        parts += [item for item in module.__dict__.items() if type(item[1]) in _PLAIN]
+        parts += [value for value in module.__dict__.values() if type(value) in _PLAIN]
     return hash(tuple(parts)), training
 
 
