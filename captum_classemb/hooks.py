@@ -48,3 +48,33 @@ def _of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
         return hook(*call) if threading.get_ident() == thread else None
 
     return guarded
+
+
+def changes_by_hand(model: nn.Module) -> str:
+    """A clause that names hooks and replaced forwards of a model's modules; empty if none is set.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> def steer(module, args, output):
+        ...     return output + 1
+        >>> handle = model[0].register_forward_hook(steer)
+        >>> changes_by_hand(model)
+        'hook steer on 0'
+    """
+    torch_wide = nn.modules.module
+    every = (*torch_wide._global_forward_pre_hooks.values(),)
+    every += (*torch_wide._global_forward_hooks.values(),)
+    found = [f"hook {_name(hook)} on every module" for hook in every]
+    for name, module in model.named_modules():
+        where = name or type(module).__qualname__
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        found += [f"hook {_name(hook)} on {where}" for hook in hooks]
+        if "forward" in vars(module):
+            found.append(f"replaced forward of {where}")
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return ", ".join(found[:3]) + more
+
+
+def _name(hook: Any) -> str:
+    hook = getattr(hook, "func", hook)
+    return str(getattr(hook, "__qualname__", type(hook).__qualname__)).replace("<locals>.", "")

@@ -180,7 +180,7 @@ class ForwardPassAttribution(PatchAttribution):
         return total
 
     def _reading(self) -> AbstractContextManager[None]:
-        return reading(type(self.vit.model).__qualname__)
+        return reading(self.vit.model)
 
     def _patches(self, tokens: Tensor) -> Tensor:
         """…×N without prefix tokens."""

@@ -95,7 +95,7 @@ def adapt(model: nn.Module) -> ViT:
         raise UnsupportedModelError(
             f"a model of type {type(model).__qualname__} was given: an nn.Module is needed."
         )
-    with reading(type(model).__qualname__):
+    with reading(model):
         vit = _read(model)
     vit.adapter = _read
     return vit

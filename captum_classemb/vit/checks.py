@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_classemb.errors import ClassEmbError, NonFiniteError, UnsupportedModelError
 from captum_classemb.functional.precision import refuse_non_finite
+from captum_classemb.hooks import changes_by_hand
 
-__all__ = ["TOLERANCE", "Checks", "reading"]
+__all__ = ["TOLERANCE", "Checks", "differs", "reading"]
 
 #: Rounding that a local identity may show, relative to its largest entry, by the dtype it ran in.
 #: Some models take a softmax in float32 whatever their dtype.
@@ -20,7 +21,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torc
 
 
 @contextmanager
-def reading(model: str) -> Iterator[None]:
+def reading(model: nn.Module) -> Iterator[None]:
     """What goes wrong within, while a model is read, is said of the model in one sentence.
 
     Raises:
@@ -40,8 +41,9 @@ def reading(model: str) -> Iterator[None]:
     ) as error:
         said = str(error).split("\n")[0]
         raise UnsupportedModelError(
-            f"{model} is not put together as its adapter expects ({type(error).__name__}: {said}), "
-            "so it cannot be read; an adapter of its own can say how (see register_adapter)."
+            f"{type(model).__qualname__} is not put together as its adapter expects "
+            f"({type(error).__name__}: {said}), so it cannot be read; an adapter of its own can "
+            "say how (see register_adapter)."
         ) from error
 
 
@@ -57,11 +59,11 @@ class Checks:
     """Gathers comparisons on the device; :meth:`finish` waits for it once.
 
     Args:
-        model: the name of the model's class, for messages.
+        model: named in messages, with the hooks that are set on it.
         tolerance: of each identity, relative to its largest entry.
     """
 
-    def __init__(self, model: str, tolerance: float) -> None:
+    def __init__(self, model: nn.Module, tolerance: float) -> None:
         self.model = model
         #: The images, looked at if something is not finite.
         self.pixels: Tensor | None = None
@@ -72,16 +74,9 @@ class Checks:
     def equal(self, what: str, blocks: Sequence[int], rebuilt: Tensor, real: Tensor) -> None:
         """Two values of each block and image are to agree: L×B×…, or B×… for no block."""
         lead = 2 if blocks else 1
-        difference = (rebuilt - real).flatten(lead)
-        norm = torch.linalg.vector_norm
-        self._identities.append(
-            _Identity(
-                what,
-                tuple(blocks),
-                norm(difference, float("inf"), -1),
-                norm(real.flatten(lead), float("inf"), -1),
-            )
-        )
+        both = torch.stack([rebuilt - real, real]).flatten(lead + 1)
+        size = torch.linalg.vector_norm(both, float("inf"), -1)
+        self._identities.append(_Identity(what, tuple(blocks), *size))
 
     def require(self, holds: Tensor, error: Callable[[], ClassEmbError]) -> None:
         """A condition on the device, and the error if it fails."""
@@ -123,19 +118,27 @@ class Checks:
                 continue
             block, image = divmod(k, batch)
             where = f" of block {identity.blocks[block]}" if identity.blocks else ""
+            name = type(self.model).__qualname__
             if not d + s < float("inf"):
                 if self.pixels is not None:
                     refuse_non_finite(self.pixels)
                 raise NonFiniteError(
-                    f"{identity.what}{where} of {self.model} hold NaN or infinity for image "
+                    f"{identity.what}{where} of {name} hold NaN or infinity for image "
                     f"{image}: finite values are needed (does the dtype overflow?)."
                 )
             raise UnsupportedModelError(
-                f"{self.model} does not compute what its structure says: {identity.what}{where} "
-                f"differ from the reconstruction by {d / max(s, 1e-300):.1e} of the largest entry "
-                f"for image {image}, so no exact attribution is possible (is there a hook, a "
-                "replaced forward, or a module that the adapter does not know?)."
+                differs(self.model, identity.what + where, d / max(s, 1e-300), f"image {image}")
             )
+
+
+def differs(model: nn.Module, what: str, error: float, where: str) -> str:
+    """The sentence of a refusal: what differed, by how much, where, and what was set by hand."""
+    by_hand = changes_by_hand(model) or "a module that the adapter does not know"
+    return (
+        f"{type(model).__qualname__} does not compute what its structure says: {what} differ from "
+        f"the reconstruction by {error:.1e} of the largest entry for {where}, so no exact "
+        f"attribution is possible (cause: {by_hand}?)."
+    )
 
 
 def _bits(dtype: torch.dtype) -> int:

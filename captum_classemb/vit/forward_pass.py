@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.precision import no_autocast, upcast
-from captum_classemb.hooks import after, before, hooks_removed
+from captum_classemb.hooks import after, before, changes_by_hand, hooks_removed
 from captum_classemb.readout.output_path import OutputPath
 from captum_classemb.readout.steps import stacked
 from captum_classemb.vit.active_edits import refuse_edits
@@ -101,7 +101,7 @@ class _Recorder:
     ) -> None:
         self.vit, self.rows, self.chosen = vit, rows, chosen
         self.attention, self.keys = attention, keys
-        self.checks = Checks(type(vit.model).__qualname__, tolerance)
+        self.checks = Checks(vit.model, tolerance)
         self.kept: list[dict[int, Kept]] = [{} for _ in vit.blocks]
         self.beside = len(chosen) == len(vit.blocks) and all(map(self._regular, vit.blocks))
         self.entered = -1
@@ -169,9 +169,11 @@ class _Recorder:
         if x is left and (version is None or x._version == version):
             return
         if x.shape != left.shape:
+            by_hand = changes_by_hand(self.vit.model)
             raise UnsupportedModelError(
                 f"block {index} of {name} takes {tuple(x.shape)} where block {index - 1} left "
-                f"{tuple(left.shape)}: tokens that change between blocks are not read."
+                f"{tuple(left.shape)}: tokens that change between blocks are not read"
+                + (f" (cause: {by_hand}?)." if by_hand else ".")
             )
         what = "the tokens left by the block before, at the input"
         self.checks.equal(what, [index], upcast(x)[None], upcast(left)[None])

@@ -8,9 +8,11 @@ compared at every call at the rows that are read, by :mod:`~captum_classemb.vit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from operator import attrgetter
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from captum_classemb.functional.precision import no_autocast, upcast
 from captum_classemb.hooks import before, hooks_removed
 from captum_classemb.readout import OutputPath
 from captum_classemb.vit.active_edits import refuse_edits
-from captum_classemb.vit.checks import TOLERANCE, reading
+from captum_classemb.vit.checks import TOLERANCE, differs, reading
 from captum_classemb.vit.parts import Call, ViT
 from captum_classemb.vit.record import Recording, record
 
@@ -84,8 +86,7 @@ def verify(vit: ViT, pixels: Tensor, forward_args: tuple[Any, ...] = ()) -> None
         refuse_random_forward(vit.model)
     if (state, pixels.shape[1:]) in vit.verified:
         return
-    name = type(vit.model).__qualname__
-    with reading(name):
+    with reading(vit.model):
         vit.read_again()
     vit.check_inputs(pixels)
     vit.quantised = any("quantized" in type(m).__module__ for m in vit.model.modules())
@@ -95,7 +96,7 @@ def verify(vit: ViT, pixels: Tensor, forward_args: tuple[Any, ...] = ()) -> None
     with torch.no_grad():
         vit(some, *forward_args)
     # The model itself runs: what fails now is its reading.
-    with reading(name), _in_float32(vit) as in_float32:
+    with reading(vit.model), _in_float32(vit) as in_float32:
         if in_float32:
             some, tolerance = some.float(), WHOLE[torch.float32]
         errors = _errors(vit, some, forward_args)
@@ -104,9 +105,7 @@ def verify(vit: ViT, pixels: Tensor, forward_args: tuple[Any, ...] = ()) -> None
             if not error <= tolerance:
                 where = "" if what == "logits" else f" of block {block}"
                 raise UnsupportedModelError(
-                    f"{name} does not compute what its structure says: its {what}{where} differ "
-                    f"from the reconstruction by {error:.1e} of the largest entry, so no exact "
-                    "attribution is possible (was a forward method replaced?)."
+                    differs(vit.model, what + where, error, "one of the first images")
                 )
     _compare_token_order(vit, pixels[:1], forward_args)
     if len(vit.verified) > 64:
@@ -121,61 +120,102 @@ def _in_float32(vit: ViT) -> Iterator[bool]:
     The model is never converted: each call borrows the upcast weights. Yields whether it does so.
     """
     half = vit.dtype in (torch.float16, torch.bfloat16)
-    if not half or vit.call is not None or vit.quantised:
+    if not half or vit.quantised:
         yield False
         return
-    own = {**dict(vit.model.named_parameters()), **dict(vit.model.named_buffers())}
+    call = vit.call
+    model = _Calling(vit.model, call or vit.model)
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     wide = {k: t.detach().float() if t.is_floating_point() else t for k, t in own.items()}
-    vit.call = partial(_borrowing, vit.model, wide)
+    vit.call = partial(functional_call, model, wide)
     try:
         device = next(iter(own.values())).device
         with torch.autocast(device.type, enabled=False):
             yield True
     finally:
-        vit.call = None
+        vit.call = call
 
 
-def _borrowing(model: nn.Module, weights: dict[str, Tensor], *args: Any) -> Any:
-    return functional_call(model, weights, args)
+class _Calling(nn.Module):
+    """A model with the way in which it is called as its forward."""
+
+    def __init__(self, model: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+        # In a tuple, so that a module is not registered a second time.
+        self.call = (call,)
+
+    def forward(self, *args: Any) -> Any:
+        return self.call[0](*args)
 
 
 def _state(vit: ViT) -> tuple[int, bool]:
     """A number that changes with tensors, modules, hooks, replaced methods and plain attributes.
 
+    Hooks are told apart by their code and what it holds: a recorder that is set anew for each call
+    is known.
+
     Returns:
         the number, and whether a module is in train mode.
     """
-    parts: list[Any] = []
-    training = False
-    modules: list[nn.Module | None] = [vit.model]
-    while modules:
-        module = modules.pop()
-        if module is None:
-            continue
-        own = module.__dict__
-        parts.append(id(module))
-        if own.get("training", False):
-            training = True
-        for tensors in (own["_parameters"], own["_buffers"]):
-            if tensors:
-                for t in tensors.values():
-                    if t is not None:
-                        version = 0 if t.is_inference() else t._version
-                        parts += (id(t), t.data_ptr(), version)
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
-            hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
-            parts += (*map(id, hooks), id(own.get("forward")))
-        if own["_modules"]:
-            modules += own["_modules"].values()
-    read = [vit.model, *vit.model.children()]
+    # The dictionaries themselves are read: attributes of modules are ten times slower.
+    modules = [vit.model]
+    own = [vit.model.__dict__]
+    for module in own:
+        if module["_modules"]:
+            children = [child for child in module["_modules"].values() if child is not None]
+            modules += children
+            own += [child.__dict__ for child in children]
+    tensors = [t for module in own for t in module["_parameters"].values() if t is not None]
+    tensors += [
+        t
+        for module in own
+        if module["_buffers"]
+        for t in module["_buffers"].values()
+        if t is not None
+    ]
+    parts: list[Any] = [*map(id, modules), *map(id, map(type, modules)), *map(id, tensors)]
+    parts += map(Tensor.data_ptr, tensors)
+    try:
+        parts += map(_VERSION, tensors)
+    except RuntimeError:  # Tensors made under inference mode count no versions.
+        parts += [0 if t.is_inference() else t._version for t in tensors]
+    parts += map(_code, (*_GLOBAL._global_forward_hooks.values(),))
+    parts += map(_code, (*_GLOBAL._global_forward_pre_hooks.values(),))
+    for module in own:
+        if module["_forward_hooks"] or module["_forward_pre_hooks"] or "forward" in module:
+            hooks = (*module["_forward_hooks"].values(), *module["_forward_pre_hooks"].values())
+            parts += (id(module), *map(_code, hooks), _code(module.get("forward")))
+    read = [vit.model, *filter(None, vit.model._modules.values())]
     for block in vit.blocks:
-        read += [block.module, *(attention.module for attention in block.attentions)]
-    for module in read:
-        parts += [value for value in module.__dict__.values() if type(value) in _PLAIN]
-    return hash(tuple(parts)), training
+        read += [block.module, *[attention.module for attention in block.attentions]]
+    parts += [x for module in read for x in module.__dict__.values() if type(x) in _PLAIN]
+    return hash(tuple(parts)), any([module.get("training", False) for module in own])
 
 
-_PLAIN = (int, float, bool, str, tuple)
+def _code(hook: Any, depth: int = 4) -> Any:
+    """What tells one hook from another: its code, and the functions and numbers that it holds."""
+    if type(hook) in _PLAIN or depth == 0:
+        return hook if type(hook) in _PLAIN else None
+    if isinstance(hook, partial):
+        held = [hook.func, *hook.args, *hook.keywords.values()]
+    elif isinstance(hook, MethodType):
+        held = [hook.__func__, *getattr(hook.__self__, "__dict__", {}).values()]
+    elif isinstance(hook, FunctionType):
+        cells = [cell.cell_contents for cell in hook.__closure__ or () if cell != _EMPTY]
+        held = [*cells, *(hook.__defaults__ or ())]
+    elif not callable(hook) or isinstance(hook, type):
+        return None
+    else:
+        held = [] if isinstance(hook, nn.Module) else [*getattr(hook, "__dict__", {}).values()]
+    own = getattr(hook, "__code__", None) or type(hook)
+    return (id(own), *[_code(part, depth - 1) for part in held])
+
+
+_EMPTY = CellType()
+_GLOBAL = nn.modules.module
+_VERSION = attrgetter("_version")
+_PLAIN = frozenset((int, float, bool, str, tuple))
 
 
 class _ReachedError(Exception):

@@ -6,10 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_classemb.errors import InputError, NonFiniteError, UnsupportedModelError
 from captum_classemb.vit.checks import Checks
+
+
+class Model(nn.Identity):
+    """Something that is named in messages."""
+
 
 BLOCKS = (2, 5, 7)
 B, Q, D = 2, 3, 4
@@ -24,7 +29,7 @@ def pair(*shape: int) -> tuple[Tensor, Tensor]:
 def finished(
     what: str, blocks: Any, rebuilt: Tensor, real: Tensor, tolerance: float = 1e-3
 ) -> None:
-    checks = Checks("Model", tolerance)
+    checks = Checks(Model(), tolerance)
     checks.equal("logits", (), *pair(B, 5))
     checks.equal(what, blocks, rebuilt, real)
     checks.equal("logits", (), *pair(B, 5))
@@ -32,7 +37,7 @@ def finished(
 
 
 def test_nothing_to_compare() -> None:
-    Checks("Model", 1e-3).finish()
+    Checks(Model(), 1e-3).finish()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -77,7 +82,7 @@ def test_an_identity_of_no_block_names_the_image() -> None:
 
 
 def test_the_first_that_fails_is_named() -> None:
-    checks = Checks("Model", 1e-3)
+    checks = Checks(Model(), 1e-3)
     for what in ("outputs", "logits"):
         rebuilt, real = pair(B, 5)
         checks.equal(what, (), rebuilt + 1.0, real)
@@ -113,7 +118,7 @@ def test_what_is_not_finite_is_named_as_such(name: str) -> None:
 
 
 def test_conditions() -> None:
-    checks = Checks("Model", 1e-3)
+    checks = Checks(Model(), 1e-3)
     rebuilt, real = pair(B, 5)
     checks.equal("logits", (), rebuilt + 1.0, real)
     checks.require(torch.tensor(True), lambda: InputError("this holds"))
