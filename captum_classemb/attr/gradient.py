@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from captum_classemb.attr._forward_pass import Classes, ForwardPassAttribution, Needs
 from captum_classemb.errors import InputError
 from captum_classemb.functional.attention import chunks, values_along
-from captum_classemb.functional.objectives import check_objective, paper_weights
+from captum_classemb.functional.objectives import check_objective, logit_gradient, paper_weights
 from captum_classemb.functional.precision import no_autocast, upcast
 from captum_classemb.readout import ClassEmbedding, OutputPath, Readout
 from captum_classemb.vit.memories import ForwardPass, Stage
@@ -83,33 +83,38 @@ class ClassEmbeddingGradient(ForwardPassAttribution):
     def _entries(self, done: ForwardPass, classes: Classes) -> list[Tensor]:
         return [self._patches(self._stage_entries(done, stage, classes)) for stage in done.stages]
 
-    def _stage_entries(self, done: ForwardPass, stage: Stage, classes: Classes) -> Tensor:
-        """∂score/∂A summed over query rows: L×B×H×K×N."""
+    def _stage_entries(
+        self,
+        done: ForwardPass,
+        stage: Stage,
+        classes: Classes,
+        read: tuple[Tensor, tuple[Tensor, Tensor] | None] | None = None,
+    ) -> Tensor:
+        """∂score/∂A summed over query rows: L×B×H×K×N.
+
+        ``read`` holds the stage's logits and paper weights, where one readout gave them already.
+        """
         paths = self._paths(stage)
         rows = added(paths)
         alike = all(path.uniform for path in paths)
-        delta = self._delta(done, stage, rows, classes, alike)
+
+        def of(readout: Readout, x: Tensor) -> Tensor:
+            logits, paper = read or (readout(x), None)
+            g = logit_gradient(logits, classes.index, self.objective, classes.contrast, paper)
+            g = g if self.objective == "logit" else self.resolved(done, g)
+            return readout.vjp(x, g, summed=alike)
+
+        readouts = [self.readout.at(block, "attn_out") for block in stage.blocks]
+        if all(readout is readouts[0] for readout in readouts):
+            delta = of(readouts[0], rows)
+        else:
+            delta = torch.stack([of(r, x) for r, x in zip(readouts, rows, strict=True)])
         parts = []
         for memories, path in zip(stage.modules, paths, strict=True):
             z = path.vjp(delta)
             z = z if z.shape[-3] == 1 else z.sum(-3, keepdim=True)
             parts.append(values_along(memories.values, z)[..., 0, :, :])
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-
-    def _delta(
-        self, done: ForwardPass, stage: Stage, rows: Tensor, classes: Classes, alike: bool
-    ) -> Tensor:
-        """∂score/∂rows of each block's own readout: L×B×Q×K×D, summed over Q if ``alike``."""
-
-        def of(readout: Readout, x: Tensor) -> Tensor:
-            g = self.weights(readout(x), classes, self.objective)
-            g = g if self.objective == "logit" else self.resolved(done, g)
-            return readout.vjp(x, g, summed=alike)
-
-        readouts = [self.readout.at(block, "attn_out") for block in stage.blocks]
-        if all(readout is readouts[0] for readout in readouts):
-            return of(readouts[0], rows)
-        return torch.stack([of(r, x) for r, x in zip(readouts, rows, strict=True)])
 
     # -- All classes of a linear head: what a unit of attention does to the features goes forward,
     # and one product with the class embedding makes logits of it.
@@ -126,31 +131,30 @@ class ClassEmbeddingGradient(ForwardPassAttribution):
     def _linear_head(self, done: ForwardPass, readout: ClassEmbedding, index: Tensor) -> Tensor:
         """B×K×N. With M_c the logit's map: M_c, M_c − Σ p M, or p_c(M_c − Σ p M) − Σ r M."""
         everything = readout.head_weight()
-        chosen = everything[index]
-        total: Tensor | None = None
-        leads, common = [], []
+        chosen = everything[index].T
+        sums: list[Tensor] = []
+        common: list[Tensor] = []
+        readings = []
         for stage in done.stages:
             paths = self._paths(stage)
             rows = added(paths)
             logits = readout(rows)
-            leads.append(logits.argmax(-1))
-            p, r = paper_weights(logits) if self.objective == "paper" else (logits.softmax(-1),) * 2
+            paper = paper_weights(logits) if self.objective == "paper" else None
+            readings.append((logits, paper))
+            p, r = paper or (logits.softmax(-1),) * 2
             for some in chunks(stage.modules[0].values):
                 features = readout.jvp_features(rows[some], self._tangents(stage, paths, some))
                 common.append((features @ (r[some] @ everything)[..., None]).sum(0))
-                if self.objective == "paper":
-                    mean = features @ (p[some] @ everything)[..., None]
-                    # In place: fresh pages would cost more than the products.
-                    each = (features @ chosen.T).sub_(mean).mul_(p[some][..., None, index])
-                    part = each[0] if len(each) == 1 else each.sum(0)
-                else:
-                    part = features[0] if len(features) == 1 else features.sum(0)
-                total = part if total is None else total.add_(part)
-        assert total is not None
-        maps = total if self.objective == "paper" else total @ chosen.T
+                if paper is None:
+                    _add(sums, features)
+                    continue
+                mean = features @ (p[some] @ everything)[..., None]
+                flat = torch.addmm(mean.flatten(0, 2), features.flatten(0, 2), chosen, beta=-1)
+                _add(sums, flat.view(*mean.shape[:3], -1), p[some][..., None, index])
+        maps = sums[0] if self.objective == "paper" else sums[0] @ chosen
         if self.objective != "logit":
             maps -= common[0] if len(common) == 1 else torch.stack(common).sum(0)
-            maps = self._leading(done, maps, torch.cat(leads), index)
+            maps = self._leading(done, maps, readings, index)
         return self._patches(maps.transpose(1, 2))
 
     def _tangents(self, stage: Stage, paths: Sequence[OutputPath], some: slice) -> Tensor:
@@ -171,18 +175,36 @@ class ClassEmbeddingGradient(ForwardPassAttribution):
         assert total is not None
         return total[:, :, 0]
 
-    def _leading(self, done: ForwardPass, maps: Tensor, leads: Tensor, index: Tensor) -> Tensor:
+    def _leading(
+        self, done: ForwardPass, maps: Tensor, readings: Sequence[Any], index: Tensor
+    ) -> Tensor:
         """Classes that lead in some block take their maps (B×N×K) from the plain form.
 
         Where p_c is close to 1, the differences above are lost to rounding.
         """
-        classes = Classes(leads.T.contiguous())
-        each = [self._stage_entries(done, stage, classes) for stage in done.stages]
-        plain = torch.stack([self._of_heads(e).sum((0, 2)) for e in each]).sum(0)
-        same = leads.T[:, :, None] == index
-        found = same.int().argmax(1)
-        taken = plain.gather(1, found[..., None].expand(-1, -1, plain.shape[2]))
+        tops = [logits.argmax(-1) for logits, _ in readings]
+        leads = (tops[0] if len(tops) == 1 else torch.cat(tops)).T
+        plain: list[Tensor] = []
+        for stage, read in zip(done.stages, readings, strict=True):
+            entries = self._stage_entries(done, stage, Classes(leads), read)
+            _add(plain, self._of_heads(entries).sum(2))
+        same = leads[:, :, None] == index
+        found = same.to(torch.uint8).argmax(1)
+        taken = plain[0].gather(1, found[..., None].expand(-1, -1, plain[0].shape[2]))
         return torch.where(same.any(1)[:, None], taken.transpose(1, 2), maps)
+
+
+def _add(total: list[Tensor], parts: Tensor, factor: Tensor | None = None) -> None:
+    """Add Σ_L parts · factor (L×…) to the one tensor that ``total`` holds.
+
+    In place: fresh pages would cost more than the products.
+    """
+    if len(parts) == 1 and total and factor is not None:
+        total[0].addcmul_(parts[0], factor[0])
+        return
+    parts = parts if factor is None else parts.mul_(factor)
+    part = parts[0] if len(parts) == 1 else parts.sum(0)
+    total[:] = [total[0].add_(part) if total else part]
 
 
 def added(paths: Sequence[OutputPath]) -> Tensor:

@@ -24,7 +24,7 @@ __all__ = ["PatchImportance"]
 _ROWS = 2048
 """Rows that are carried back at once: enough for fast products, few enough for memory."""
 
-_NUMBERS = 1 << 22
+_NUMBERS = 1 << 23
 """Numbers of evidence that are formed at once, likewise."""
 
 

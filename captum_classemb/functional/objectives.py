@@ -42,7 +42,11 @@ def paper_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def logit_gradient(
-    logits: Tensor, target: Tensor, objective: Objective, contrast: Tensor | None = None
+    logits: Tensor,
+    target: Tensor,
+    objective: Objective,
+    contrast: Tensor | None = None,
+    paper: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """∂score/∂z for K target classes of each image.
 
@@ -54,6 +58,7 @@ def logit_gradient(
             log-probability after a second softmax, as the code of Vilas et al. (2023) computes it.
             With one class there is nothing to normalise over: all are the logit.
         contrast: other classes, B×K: the score is then z_c − z_other.
+        paper: :func:`paper_weights` of the logits, where they are at hand.
 
     Returns:
         …×B×K×C.
@@ -74,7 +79,7 @@ def logit_gradient(
     if objective == "logit" or classes == 1:
         return one_hot
     if objective == "paper":
-        p, r = (part[..., None, :] for part in paper_weights(logits))
+        p, r = (part[..., None, :] for part in paper or paper_weights(logits))
         p = p.expand(zeros.shape)
         own, others = p.gather(-1, index), p.scatter(-1, index, 0.0)
         return own * (one_hot * others.sum(-1, keepdim=True) - others) - r

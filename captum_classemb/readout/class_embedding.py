@@ -262,7 +262,7 @@ class ClassEmbedding(Readout):
         for part in self.parts:
             weight = part.head.weight if classes is None else part.head.weight[classes]
             weight = weight if last is None else last.fold(weight)
-            weights.append(weight * part.share)
+            weights.append(weight if part.share == 1.0 else weight * part.share)
         return torch.cat(weights, -1) if len(weights) > 1 else weights[0]
 
 
