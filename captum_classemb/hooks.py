@@ -6,11 +6,13 @@ modules, so a hook sees the other threads' passes too and has to leave them alon
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -32,12 +34,26 @@ def keep_output(module: nn.Module, kept: dict[nn.Module, Tensor]) -> RemovableHa
 
 @contextmanager
 def hooks_removed(handles: list[RemovableHandle]) -> Iterator[None]:
-    """Remove the hooks gathered in ``handles`` at the end, whatever happened."""
+    """Remove the hooks gathered in ``handles`` at the end, whatever happened.
+
+    Within, what ``torch.compile`` made runs uncompiled: a compiled graph calls no hook that was set
+    after it was made, and would be compiled anew for each.
+    """
     try:
-        yield
+        with uncompiled():
+            yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Within, what ``torch.compile`` made runs as it was written."""
+    # Nothing was compiled where the compiler was never imported; torch before 2.6 has no stance.
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        eager: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+        return eager
+    return nullcontext()
 
 
 def _of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:

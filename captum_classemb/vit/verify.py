@@ -21,7 +21,7 @@ from torch.func import functional_call
 
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.functional.precision import no_autocast, upcast
-from captum_classemb.hooks import before, hooks_removed
+from captum_classemb.hooks import before, hooks_removed, uncompiled
 from captum_classemb.readout import OutputPath
 from captum_classemb.vit.active_edits import refuse_edits
 from captum_classemb.vit.checks import TOLERANCE, differs, reading
@@ -93,7 +93,7 @@ def verify(vit: ViT, pixels: Tensor, forward_args: tuple[Any, ...] = ()) -> None
     tolerance = _tolerance(vit, pixels, WHOLE)
     # Further arguments may hold a row for each image of the batch.
     some = pixels if any(isinstance(arg, Tensor) for arg in forward_args) else pixels[:2]
-    with torch.no_grad():
+    with torch.no_grad(), uncompiled():
         vit(some, *forward_args)
     # The model itself runs: what fails now is its reading.
     with reading(vit.model), _in_float32(vit) as in_float32:

@@ -11,7 +11,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from captum_classemb import ClassEmbeddingGradient, ClassEmbeddingProjection, MemoryPatchImportance
+from captum_classemb import (
+    ClassEmbeddingGradient,
+    ClassEmbeddingProjection,
+    MemoryPatchImportance,
+    PatchImportance,
+)
+from captum_classemb.attr import METHODS
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.vit import adapt
 
@@ -235,3 +241,38 @@ def test_padded_sizes() -> None:
     pixels = method.attribute(images, TARGET)
     assert torch.allclose(pixels.sum(), patches.sum(), rtol=1e-4)
     assert method.vit.feature_mask((50, 81)).unique().numel() == 24
+
+
+@pytest.mark.parametrize("method", [MemoryPatchImportance, PatchImportance, ClassEmbeddingGradient])
+def test_compiled_in_place_after_and_before_use(
+    method: Any, model: Any, images: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Compiled graphs call no hook set later, and are not compiled anew for each."""
+    explained = method(model)
+    expected = explained.attribute(images, TARGET)
+    for block in model.blocks:
+        block.compile(backend="eager")
+    model(images)
+    counters = torch._dynamo.utils.counters
+    before = sum(counters["frames"].values())
+    for compiled in (explained, method(model)):
+        for _ in range(3):
+            assert torch.equal(compiled.attribute(images, TARGET), expected)
+    assert sum(counters["frames"].values()) == before
+    assert "recompile" not in caplog.text
+    # The user's own calls are compiled as before.
+    torch._dynamo.reset()
+    model(images)
+    assert sum(torch._dynamo.utils.counters["frames"].values()) > 0
+
+
+@pytest.mark.parametrize("name", [name for name, m in METHODS.items() if not m.needs])
+def test_deterministic_algorithms(name: str, model: Any, images: Tensor) -> None:
+    method = METHODS[name].build(model)
+    expected = method.attribute(images, TARGET), method.attribute_classes(images)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = method.attribute(images, TARGET), method.attribute_classes(images)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, found, expected))
