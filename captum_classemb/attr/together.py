@@ -11,7 +11,7 @@ from torch import Tensor
 
 from captum_classemb.attr._base import PatchAttribution
 from captum_classemb.attr._forward_pass import Needs, any_rows, run
-from captum_classemb.attr._inputs import TensorOrTuple, forward_args, images, like_inputs
+from captum_classemb.attr._inputs import TensorOrTuple, clamped, forward_args, images, like_inputs
 from captum_classemb.errors import InputError
 from captum_classemb.functional.precision import upcast
 from captum_classemb.vit import ViT
@@ -71,21 +71,22 @@ class SharedPass:
 
         Args:
             method: one of the methods.
-            index: K classes, or those of each image, B×K; what lies on the device is clamped, and
-                refused by :meth:`finish`.
+            index: K classes, or those of each image, B×K; clamped, and refused by :meth:`finish`.
         """
         if not self.shares(method):
             if index.dim() == 1:
                 return method.attribute_classes(self.pixels, index.tolist(), self.args)
             each = [method.attribute_patches(self.pixels, c, self.args) for c in index.unbind(1)]
             return torch.stack([patches.flatten(1, -3).sum(1) for patches in each], 1)
-        index = method._late_targets(self.done, index)
+        index = index.to(self.done.logits.device)
+        index = clamped(index, method.readout.num_classes, self.done.checks)
         read = method.class_maps if index.dim() == 1 else method.image_maps
         return method._on_grid(upcast(read(self.done, index)), self.pixels)
 
     def finish(self) -> None:
-        """Compare what was read with the model, once: see :class:`~captum_classemb.vit.checks`."""
-        self.done.checks.finish()
+        """The checks of the pass, if it ran: the model computed what was read of it."""
+        if "done" in vars(self):
+            self.done.checks.finish()
 
 
 def attribute_together(
@@ -136,6 +137,5 @@ def attribute_together(
             found.append(like_inputs(inputs, maps))
         else:
             found.append(method.attribute(inputs, target, additional_forward_args))
-    if any(map(shared.shares, methods)):
-        shared.finish()
+    shared.finish()
     return found

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classemb.attr import METHODS, PatchAttribution
+from captum_classemb.attr.together import SharedPass
 from captum_classemb.data import OBJECT
 from captum_classemb.errors import InputError
 from captum_classemb.evaluation import BoxLocalisation, RemovalCurve
@@ -167,9 +168,11 @@ class FaithfulnessStudy(ModelStudy):
         return super().passes(data, images)
 
     def update(self, batch: Batch) -> None:
-        for method, attribution in self.attributions.items():
-            patches = attribution.attribute_patches(batch.images, batch.labels)
-            maps = patches.flatten(1, -3).sum(1)
+        shared = SharedPass(self.vit, list(self.attributions.values()), batch.images)
+        index = batch.labels[:, None]
+        each = {name: shared.maps(m, index)[:, 0] for name, m in self.attributions.items()}
+        shared.finish()
+        for method, maps in each.items():
             curve: Any = self.metrics[f"curve {method}"]
             curve.update(batch.images, maps, batch.labels)
             if batch.masks is None:
