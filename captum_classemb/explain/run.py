@@ -25,8 +25,8 @@ from captum_classemb.explain.outputs import Protected, check_writable, unique_st
 from captum_classemb.models.demo import demo_image_paths
 from captum_classemb.models.load import load_model
 from captum_classemb.models.names import DEMO_MODEL, ClassNames, class_names
-from captum_classemb.models.readouts import open_readout
 from captum_classemb.plot.explain import MAX_TARGETS, ClassScore, PatchMaps, explanation_figure
+from captum_classemb.readout import load_readout
 from captum_classemb.versions import versions
 from captum_classemb.vit import adapt
 
@@ -142,7 +142,7 @@ class Run:
                 f"{len(targets)} targets were given: one figure shows up to {MAX_TARGETS}."
             )
         self.preprocess = Preprocess.of_model(model, options.resize)
-        readout = None if options.readout is None else open_readout(options.readout, vit.readout)
+        readout = None if options.readout is None else load_readout(options.readout, vit.readout)
         self.explainer = Explainer(vit, list(dict.fromkeys(options.methods)), targets, readout)
 
     def __len__(self) -> int:

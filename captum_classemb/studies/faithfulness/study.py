@@ -20,8 +20,7 @@ from captum_classemb.evaluation.areas import area
 from captum_classemb.evaluation.bootstrap import bootstrap_mean
 from captum_classemb.evaluation.removal_curves import Perturbation
 from captum_classemb.evaluation.removal_order import MEASURES
-from captum_classemb.models.readouts import open_readout
-from captum_classemb.readout import LinearProbe
+from captum_classemb.readout import LinearProbe, load_readout
 from captum_classemb.runs.batches import Batch
 from captum_classemb.runs.config import StudyConfig
 from captum_classemb.runs.registry import register_study
@@ -146,7 +145,7 @@ class FaithfulnessStudy(ModelStudy):
                 f"the probe {path} is read by no method that was chosen: add {_BY_PROBE} to the "
                 "methods, or leave it out."
             )
-        probe = open_readout(path, self.vit.readout)
+        probe = load_readout(path, self.vit.readout)
         if not isinstance(probe, LinearProbe):
             raise InputError(
                 f"{path} holds a {type(probe).__name__}: the method {_BY_PROBE} needs linear "
