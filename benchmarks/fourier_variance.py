@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from timing import environment, interleaved
 from torch import Tensor
 from torchmetrics import Metric
 
+from captum_classemb.data import Preprocess, read_image
+from captum_classemb.data.images import find_images
 from captum_classemb.dynamics.depth import DepthMetrics, sign_agreement
 from captum_classemb.dynamics.fourier import FourierAmplitude
 from captum_classemb.dynamics.variance import FeatureMapVariance, channel_variance
@@ -30,11 +30,9 @@ from captum_classemb.dynamics.variance import FeatureMapVariance, channel_varian
 
 def read(files: list[Path], size: int) -> Tensor:
     """Photographs squashed to size×size, scaled to −1..1."""
-    pixels = [
-        np.asarray(Image.open(f).convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
-        for f in files
-    ]
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    config = {"input_size": (3, size, size), "interpolation": "bicubic"}
+    preprocess = Preprocess.from_config({**config, "mean": (0.5,) * 3, "std": (0.5,) * 3}, "squash")
+    return torch.stack([preprocess.tensor(preprocess.view(read_image(f))) for f in files])
 
 
 class WithoutLargest(FeatureMapVariance):
@@ -99,8 +97,7 @@ def main(
     if weights is not None:
         model.load_state_dict(load_file(weights))
     size = model.pretrained_cfg["input_size"][-1]
-    files = sorted(f for f in images.iterdir() if f.suffix.lower() in {".jpeg", ".jpg", ".png"})
-    files = files[:limit]
+    files = find_images(images)[:limit]
     depth = DepthMetrics(
         model,
         {

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from captum_classemb import __version__
+from captum_classemb.command_options import option
 from captum_classemb.errors import ClassEmbError, ClassEmbWarning
 from captum_classemb.maps_command import maps_command
 from captum_classemb.study_commands import study_group
@@ -25,13 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["cli", "debug_option", "main"]
 
-_METHODS = (
-    "patch-importance",
-    "class-embedding-projection",
-    "class-embedding-gradient",
-    "memory-patch-importance",
-)
-_DTYPES = ("float32", "float64", "bfloat16", "float16")
 _BAD_INPUT = 2
 _BUG = 1
 _INTERRUPTED = 130
@@ -97,95 +91,40 @@ def cli() -> None:
 
 
 @cli.command(
-    epilog="Example: captum-classemb explain photo.jpg --model vit_base_patch16_224 --target tabby"
-)
-@click.argument("images", nargs=-1, type=click.Path(path_type=Path), metavar="[IMAGE]...")
-@click.option(
-    "--model",
-    metavar="NAME",
-    help="A Vision Transformer that timm knows, or one of the papers' short names. "
-    "Default: the packaged model of handwritten digits.",
-)
-@click.option(
-    "--checkpoint",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Weights for it: safetensors, or a PyTorch file of plain tensors. "
-    "Default: those that timm publishes.",
-)
-@click.option(
-    "--target",
-    "targets",
-    multiple=True,
-    metavar="CLASS",
-    help="Index or name of the class to explain; up to four. Default: the model's first choice.",
-)
-@click.option(
-    "--method",
-    "methods",
-    multiple=True,
-    metavar="NAME",
-    type=click.Choice(_METHODS),
-    help=f"{', '.join(_METHODS)}; several allowed. Default: all.",
-)
-@click.option(
-    "--readout",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Read hidden states with a fitted probe or tuned lens (safetensors). "
-    "Default: the model's own classifier.",
-)
-@click.option(
-    "--resize",
-    type=click.Choice(["crop", "squash"]),
-    default="crop",
-    show_default=True,
-    help="crop: the model's own evaluation transform; squash: the whole image, resized.",
-)
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    metavar="NAME",
-    help="cpu, cuda, cuda:1, mps, ...; auto: a GPU where there is one.",
-)
-@click.option(
-    "--dtype",
-    default="float32",
-    show_default=True,
-    metavar="NAME",
-    type=click.Choice(_DTYPES),
-    help=", ".join(_DTYPES) + ".",
-)
-@click.option(
-    "--batch-size",
-    default=8,
-    show_default=True,
-    metavar="N",
-    type=click.IntRange(min=1),
-    help="Images in one forward pass.",
-)
-@click.option(
-    "--output",
-    default=Path("explanations"),
-    show_default=True,
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Folder for the results.",
-)
-@click.option(
-    "--html",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Write one page to explore one image instead: every block, head and class.",
-)
-@click.option(
-    "--overwrite",
-    is_flag=True,
-    help="Write over files of these names that this command did not write. Inputs are never "
-    "written over.",
-)
-@click.option("--quiet", is_flag=True, help="No progress bar, no table.")
+    epilog="Example: captum-classemb explain photo.jpg --model vit_base_patch16_224 --target tabby",
+    params=[
+        click.Argument(
+            ["images"], nargs=-1, type=click.Path(path_type=Path), metavar="[IMAGE]..."
+        ),
+        option("model", help="A name of timm's, or of the papers' models. Default: the packaged "
+               "model of digits."),
+        option("checkpoint"),
+        click.Option(
+            ["--target", "targets"], multiple=True, metavar="CLASS",
+            help="Index or name; up to four. Default: the model's first choice.",
+        ),
+        option("method", "methods", multiple=True,
+               help="One that doctor lists; several allowed. Default: all but baselines."),
+        click.Option(
+            ["--readout"], metavar="FILE", type=click.Path(path_type=Path),
+            help="Fitted probe or tuned lens. Default: the model's own classifier.",
+        ),
+        option("resize"),
+        option("device"),
+        option("dtype"),
+        option("batch-size", default=8),
+        option("output", default=Path("explanations")),
+        click.Option(
+            ["--html"], metavar="FILE", type=click.Path(path_type=Path),
+            help="Write a page to explore one image instead.",
+        ),
+        click.Option(
+            ["--overwrite"], is_flag=True,
+            help="Write over files of others, inputs never.",
+        ),
+        option("quiet"),
+    ],
+)  # fmt: skip
 @debug_option
 @click.pass_context
 def explain(
@@ -316,11 +255,11 @@ def doctor() -> None:
     from captum_classemb.doctor import check_up
 
     for what, state in check_up():
-        click.echo(f"{what:<20}{state}")
+        click.echo(f"{what:<36}{state}")
 
 
 cli.add_command(study_group(debug_option))
-cli.add_command(maps_command(_METHODS, debug_option))
+cli.add_command(maps_command(debug_option))
 
 
 def _note(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -22,6 +22,8 @@ def check_up() -> Iterator[tuple[str, str]]:
         >>> next(check_up())[0]
         'python'
     """
+    from captum_classemb.attr import METHODS
+
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     for package in _VERSIONS:
         yield package, _version(package) or "not installed"
@@ -31,6 +33,8 @@ def check_up() -> Iterator[tuple[str, str]]:
         state = f"missing: {', '.join(missing)}; pip install '{_PACKAGE}[{extra}]'"
         yield f"extra {extra}", state if missing else "complete"
     yield "published weights", _weights()
+    for name, method in METHODS.items():
+        yield f"method {name}", method.caption + (f"; needs a {method.needs}" * bool(method.needs))
 
 
 def _version(package: str) -> str | None:

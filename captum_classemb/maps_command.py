@@ -3,91 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
 
+from captum_classemb.command_options import option
 from captum_classemb.study_commands import ImagesRefused, study_dataset
 
 
-def maps_command(
-    methods: tuple[str, ...], debug_option: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> click.Command:
+def maps_command(debug_option: Callable[[Callable[..., Any]], Callable[..., Any]]) -> click.Command:
     """The command, to be added to a command line.
 
     Args:
-        methods: names of the methods there are.
         debug_option: the option that all commands have.
     """
-    positive, path = click.IntRange(min=1), click.Path(path_type=Path)
     parameters = [
-        click.Option(
-            ["--model"], default="demo_vit", show_default=True, metavar="NAME",
-            help="A Vision Transformer that timm knows, or one of the papers' short names.",
-        ),
-        click.Option(
-            ["--checkpoint"], type=path, metavar="FILE",
-            help="Weights for it: safetensors, or a PyTorch file of plain tensors.",
-        ),
-        click.Option(
-            ["--data", "data_path"], required=True, type=path, metavar="PATH",
-            help="Folder of images, with labels or without; or the word scenes.",
-        ),
-        click.Option(
-            ["--layout"], metavar="NAME", help="Layout of the folder. Default: recognised."
-        ),
-        click.Option(
-            ["--labels"], metavar="FILE",
-            help="Which class each folder is, as for study; or the word sorted.",
-        ),
-        click.Option(
-            ["--resize"], type=click.Choice(["crop", "squash"]), default="crop", show_default=True,
-            help="crop: the model's own evaluation transform; squash: the whole image, resized.",
-        ),
+        option("model", default="demo_vit"),
+        option("checkpoint"),
+        option("data", "data_path"),
+        option("layout"),
+        option("labels"),
+        option("resize"),
         click.Option(
             ["--target", "targets"], multiple=True, metavar="CLASS",
             help="label, predicted, or an index or name of a class; several allowed. "
             "Default: predicted.",
         ),
-        click.Option(
-            ["--method"], type=click.Choice(methods), default=methods[0], show_default=True,
-            metavar="NAME", help=f"{', '.join(methods)}.",
-        ),
+        option("method", default="patch-importance", help="One that doctor lists."),
         click.Option(
             ["--keep-as"], type=click.Choice(["float16", "bfloat16", "float32"]),
             default="float16", show_default=True, help="Type of the scores on disk.",
         ),
+        option("limit"),
+        option("batch-size"),
+        option("workers"),
         click.Option(
-            ["--limit"], type=positive, metavar="N",
-            help="Take N images, evenly spaced over the dataset.",
-        ),
-        click.Option(["--batch-size"], type=positive, default=32, show_default=True),
-        click.Option(
-            ["--workers"], type=click.IntRange(min=0), default=0, show_default=True,
-            help="Processes that read images.",
-        ),
-        click.Option(
-            ["--shard"], type=positive, default=1024, show_default=True, metavar="N",
+            ["--shard"], type=click.IntRange(min=1), default=1024, show_default=True, metavar="N",
             help="Images in one file.",
         ),
-        click.Option(
-            ["--device"], default="auto", show_default=True,
-            help="cpu, cuda, ...; auto: a GPU where there is one.",
-        ),
-        click.Option(
-            ["--dtype"], type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
-            default="float32", show_default=True, help="Type the model computes in.",
-        ),
-        click.Option(
-            ["--output"], required=True, type=path, metavar="DIR", help="Folder for the maps."
-        ),
-        click.Option(["--resume"], is_flag=True, help="Go on with an interrupted run in DIR."),
-        click.Option(
-            ["--verify"], is_flag=True,
-            help="With --resume: read again all files that were read, to see that none changed.",
-        ),
-        click.Option(["--quiet"], is_flag=True, help="No progress bar, no summary."),
+        option("device"),
+        option("dtype"),
+        option("output", required=True, help="Folder for the maps."),
+        option("resume"),
+        option("verify"),
+        option("quiet"),
     ]  # fmt: skip
 
     def callback(**given: Any) -> None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from captum_classemb.command_options import option
+
 if TYPE_CHECKING:
     from captum_classemb.data import StudyDataset
     from captum_classemb.runs.config import StudyConfig
@@ -24,67 +26,33 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 def _options() -> list[click.Option]:
     from captum_classemb.data import LAYOUTS
 
-    positive = click.IntRange(min=1)
-    file, folder = click.Path(path_type=Path), click.Path(path_type=Path)
     return [
-        click.Option(
-            ["--model"], required=True, metavar="NAME",
-            help="A name of timm's, or of the paper's models.",
-        ),
-        click.Option(
-            ["--checkpoint"], type=file, metavar="FILE",
-            help="Weights for it, as tensors alone.",
-        ),
+        option("model", required=True),
+        option("checkpoint"),
         click.Option(
             ["--random-init"], is_flag=True, help="Leave weights as initialised (control)."
         ),
-        click.Option(
-            ["--data", "data_path"], required=True, type=folder, metavar="PATH",
-            help="Folder of the dataset; or scenes, digits.",
-        ),
-        click.Option(
-            ["--layout"], type=click.Choice(list(LAYOUTS)),
-            help="Layout of the folder. Default: recognised.",
-        ),
-        click.Option(
-            ["--labels"], metavar="FILE",
-            help="File of lines folder,class; or sorted.",
-        ),
-        click.Option(
-            ["--resize"], type=click.Choice(["crop", "squash"]), default="crop", show_default=True,
-            help="crop: the model's own evaluation transform; squash: the whole image, resized.",
-        ),
+        option("data", "data_path"),
+        option("layout", type=click.Choice(list(LAYOUTS))),
+        option("labels"),
+        option("resize"),
         click.Option(
             ["--variant"], type=click.Choice(["corrected", "paper"]), default="corrected",
             show_default=True, help="paper: what the published code computes.",
         ),
+        option("limit"),
+        option("batch-size"),
+        option("workers"),
         click.Option(
-            ["--limit"], type=positive, metavar="N",
-            help="Take N images, evenly spaced.",
+            ["--checkpoint-every"], type=click.IntRange(min=1), default=1024, show_default=True,
+            metavar="N", help="Images between two checkpoints.",
         ),
-        click.Option(["--batch-size"], type=positive, default=32, show_default=True),
-        click.Option(
-            ["--workers"], type=click.IntRange(min=0), default=0, show_default=True,
-            help="Processes that read images.",
-        ),
-        click.Option(
-            ["--checkpoint-every"], type=positive, default=1024, show_default=True, metavar="N",
-            help="Images between two checkpoints.",
-        ),
-        click.Option(
-            ["--device"], default="auto", show_default=True,
-            help="cpu, cuda, ...; auto: a GPU, if any.",
-        ),
+        option("device"),
         click.Option(["--seed"], type=click.IntRange(min=0), default=0, show_default=True),
-        click.Option(
-            ["--output"], required=True, type=folder, metavar="DIR", help="Folder for the results."
-        ),
-        click.Option(["--resume"], is_flag=True, help="Go on with an interrupted run in DIR."),
-        click.Option(
-            ["--verify"], is_flag=True,
-            help="With --resume: hash all files again.",
-        ),
-        click.Option(["--quiet"], is_flag=True, help="No progress bar, no table."),
+        option("output", required=True),
+        option("resume"),
+        option("verify"),
+        option("quiet"),
     ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from captum_classemb.explain import METHODS
+from captum_classemb.explain.compute import OWN
 from captum_classemb.explorer import ExplorerPage
 from captum_classemb.explorer.contents import Contents, LedgerEntries, MethodMaps
 from captum_classemb.explorer.quantise import quantise
@@ -23,7 +23,7 @@ def noise(
     rng = np.random.default_rng(0)
     patches, focus = side * side, min(9, classes)
     methods = []
-    for key in METHODS:
+    for key in OWN:
         columns = 1 if key == "class-embedding-projection" else heads + 1
         parts = rng.normal(size=(detailed, blocks, columns, side, side))
         methods.append(

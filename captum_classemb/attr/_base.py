@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from captum_classemb.attr._inputs import (
     TensorOrTuple,
+    early_targets,
     forward_args,
     images,
+    late_targets,
     like_inputs,
     targets,
 )
@@ -24,6 +26,10 @@ from captum_classemb.functional.grid import spread
 from captum_classemb.functional.precision import upcast
 from captum_classemb.readout import Readout
 from captum_classemb.vit import ViT, adapt
+from captum_classemb.vit.memories import ForwardPass
+
+if TYPE_CHECKING:
+    from captum_classemb.attr._forward_pass import Needs
 
 __all__ = ["PatchAttribution", "choose"]
 
@@ -79,10 +85,13 @@ class PatchAttribution(Attribution):  # type: ignore[misc]
         given = self._given[0]
         return self.vit.readout if given is None else given
 
+    def options(self) -> dict[str, Any]:
+        """What was chosen of the options of the method, by name."""
+        return {name: getattr(self, name) for name in _OPTIONS if hasattr(self, name)}
+
     def __repr__(self) -> str:
         """The method, its model and its options."""
-        options = {k: getattr(self, k) for k in _OPTIONS if hasattr(self, k)}
-        listed = "".join(f", {name}={value!r}" for name, value in options.items())
+        listed = "".join(f", {name}={value!r}" for name, value in self.options().items())
         return f"{type(self).__name__}({type(self.vit.model).__qualname__}{listed})"
 
     @log_usage(part_of_slo=True)  # type: ignore[untyped-decorator]
@@ -156,14 +165,34 @@ class PatchAttribution(Attribution):  # type: ignore[misc]
         """False: no score is multiplied by the input."""
         return False
 
+    # -- What several methods may read of one recorded forward pass
+
+    def needs(self) -> Needs | None:
+        """What is read of a recorded forward pass; None for a method that runs its own."""
+        return None
+
+    def class_maps(self, done: ForwardPass, index: Tensor) -> Tensor:
+        """The maps of the classes ``index`` (K), from what :meth:`needs` names: B×K×(N − P)."""
+        return self.image_maps(done, index.expand(len(done.logits), -1))
+
+    def image_maps(self, done: ForwardPass, index: Tensor) -> Tensor:
+        """The maps of classes of each image, ``index`` B×K: B×K×(N − P)."""
+        raise NotImplementedError
+
+    def _early_targets(self, target: Any, pixels: Tensor) -> Tensor:
+        return early_targets(target, len(pixels), self.readout.num_classes, pixels.device)
+
+    def _late_targets(self, done: ForwardPass, index: Tensor) -> Tensor:
+        return late_targets(index, self.readout.num_classes, done.checks, done.logits.device)
+
     def _targets(self, target: Any, pixels: Tensor) -> Tensor:
-        return targets(target, len(pixels), self.readout.num_classes, pixels.device)
+        return targets(target, len(pixels), self.readout.num_classes).to(pixels.device)
 
     def _classes(self, classes: Sequence[int] | None, pixels: Tensor) -> Tensor:
         if classes is None:
             return torch.arange(self.readout.num_classes, device=pixels.device)
         wanted = list(classes)
-        return targets(wanted, len(wanted), self.readout.num_classes, pixels.device)
+        return targets(wanted, len(wanted), self.readout.num_classes).to(pixels.device)
 
     def _to_grid(self, tokens: Tensor, pixels: Tensor) -> Tensor:
         """…×N scores of tokens to …×h×w scores of patches."""

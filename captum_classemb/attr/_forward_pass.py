@@ -13,7 +13,13 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_classemb.attr._base import PatchAttribution, choose
-from captum_classemb.attr._inputs import TensorOrTuple, forward_args, images, like_inputs, targets
+from captum_classemb.attr._inputs import (
+    TensorOrTuple,
+    early_targets,
+    forward_args,
+    images,
+    like_inputs,
+)
 from captum_classemb.errors import InputError, NonFiniteError, TargetError, UnsupportedModelError
 from captum_classemb.functional.objectives import logit_gradient, runner_up
 from captum_classemb.functional.precision import no_autocast
@@ -28,7 +34,10 @@ __all__ = ["Classes", "ForwardPassAttribution", "Needs"]
 
 
 class Needs(NamedTuple):
-    """What a method reads of a forward pass: see :func:`~captum_classemb.vit.forward_pass`."""
+    """What a method reads of a forward pass: see :func:`~captum_classemb.vit.forward_pass`.
+
+    Without blocks no rows are read: any will do.
+    """
 
     rows: slice
     blocks: tuple[int, ...]
@@ -36,6 +45,23 @@ class Needs(NamedTuple):
     keys: bool = False
     sites: Mapping[str, slice] | None = None
     site_blocks: tuple[int, ...] | None = None
+
+    def united(self, other: Needs) -> Needs | None:
+        """What serves both; None where they read other rows or blocks."""
+        if not other.blocks:
+            base = self
+        elif not self.blocks or self[:2] == other[:2]:
+            base = other
+        else:
+            return None
+        sites = dict(self.sites or {})
+        for site, rows in (other.sites or {}).items():
+            sites[site] = rows if sites.get(site, rows) == rows else slice(None)
+        blocks = None
+        if sites and all(n.site_blocks is not None for n in (self, other) if n.sites):
+            blocks = tuple(sorted({b for n in (self, other) for b in n.site_blocks or ()}))
+        attention, keys = self.attention or other.attention, self.keys or other.keys
+        return Needs(*base[:2], attention, keys, sites, blocks)
 
 
 @dataclass(frozen=True)
@@ -89,8 +115,7 @@ class ForwardPassAttribution(PatchAttribution):
     # -- What a method says of itself
 
     @abstractmethod
-    def needs(self) -> Needs:
-        """What is read of the forward pass."""
+    def needs(self) -> Needs: ...
 
     @abstractmethod
     def _entries(self, done: ForwardPass, classes: Classes) -> list[Tensor]:
@@ -152,23 +177,20 @@ class ForwardPassAttribution(PatchAttribution):
         args = forward_args(additional_forward_args)
         pixels = images(self.vit, inputs, args, finite=False)
         index = self._classes(classes, pixels)
-        done = self.forward_pass(pixels, args)
+        done = run(self.vit, self.needs(), pixels, args)
         maps = self.class_maps(done, index)
         done.checks.finish()
         return self._on_grid(maps, pixels)
 
     # -- From one forward pass, which several methods may share
 
-    def forward_pass(self, pixels: Tensor, args: tuple[Any, ...] = ()) -> ForwardPass:
-        """Run the model and keep what this method reads."""
-        return run(self, self.needs(), pixels, args)
-
     def class_maps(self, done: ForwardPass, index: Tensor) -> Tensor:
-        """The maps of the classes ``index`` (K): B×K×(N − P)."""
+        return self.image_maps(done, index.expand(len(done.logits), -1))
+
+    def image_maps(self, done: ForwardPass, index: Tensor) -> Tensor:
         with torch.inference_mode(False), no_autocast(done.logits.device), self._reading():
-            batch = len(done.logits)
-            some = index.split(self._AT_ONCE)
-            return torch.cat([self._summed(done, Classes(c.expand(batch, -1))) for c in some], 1)
+            some = index.split(self._AT_ONCE, 1)
+            return torch.cat([self._summed(done, Classes(classes)) for classes in some], 1)
 
     def _summed(self, done: ForwardPass, classes: Classes) -> Tensor:
         """B×K×(N − P): entries over blocks and the chosen heads."""
@@ -194,9 +216,9 @@ class ForwardPassAttribution(PatchAttribution):
     def _one_class(
         self, pixels: Tensor, target: Any, args: tuple[Any, ...], contrast: Any, summed: bool
     ) -> Tensor:
-        index = self._targets(target, pixels)
-        done = self.forward_pass(pixels, args)
-        maps = self.one_class(done, index, contrast, summed)
+        index = self._early_targets(target, pixels)
+        done = run(self.vit, self.needs(), pixels, args)
+        maps = self.one_class(done, self._late_targets(done, index), contrast, summed)
         done.checks.finish()
         return self._on_grid(maps, pixels)
 
@@ -231,7 +253,8 @@ class ForwardPassAttribution(PatchAttribution):
                 raise InputError(f"contrast {contrast!r} is no class index and not 'runner-up'.")
             return Classes(index[:, None], runner_up(self.model_logits(done), index[:, None]))
         try:
-            other = targets(contrast, len(index), self.readout.num_classes, index.device)
+            early = early_targets(contrast, len(index), self.readout.num_classes, index.device)
+            other = self._late_targets(done, early)
         except TargetError as error:
             raise InputError(f"contrast: {error}") from None
         same = InputError("the contrast is the target itself: name another class.")
@@ -276,11 +299,13 @@ class ForwardPassAttribution(PatchAttribution):
         return self._one_class(pixels, target, args, None, summed=False)
 
 
-def run(
-    method: PatchAttribution, needs: Needs, pixels: Tensor, args: tuple[Any, ...]
-) -> ForwardPass:
-    """One forward pass of a method's model, with the logits compared where it has a classifier."""
-    vit = method.vit
+def any_rows(vit: ViT) -> slice:
+    """The rows of a pass whose rows nobody reads: those of the model's own readout."""
+    return vit.readout.reads if vit.has_readout else slice(0, 1)
+
+
+def run(vit: ViT, needs: Needs, pixels: Tensor, args: tuple[Any, ...]) -> ForwardPass:
+    """One forward pass, with the logits compared where the model has a classifier."""
     with torch.inference_mode(False):
         pixels = pixels.clone() if pixels.is_inference() else pixels
         done = forward_pass(

@@ -11,8 +11,18 @@ from torch import Tensor
 
 from captum_classemb.errors import InputError, TargetError
 from captum_classemb.vit import ViT, verify
+from captum_classemb.vit.checks import Checks
 
-__all__ = ["TensorOrTuple", "forward_args", "images", "like_inputs", "targets"]
+__all__ = [
+    "TensorOrTuple",
+    "clamped",
+    "early_targets",
+    "forward_args",
+    "images",
+    "late_targets",
+    "like_inputs",
+    "targets",
+]
 
 TensorOrTuple = TypeVar("TensorOrTuple", Tensor, tuple[Tensor, ...])
 
@@ -67,14 +77,13 @@ def forward_args(additional: Any) -> tuple[Any, ...]:
     return additional if isinstance(additional, tuple) else (additional,)
 
 
-def targets(target: Any, batch: int, classes: int, device: torch.device) -> Tensor:
-    """One class index for each image: B, int64.
+def targets(target: Any, batch: int, classes: int) -> Tensor:
+    """One class index for each image: B, int64, on the host and in range.
 
     Args:
         target: as Captum defines it, also numpy integers and B×1 tensors.
         batch: B.
         classes: C.
-        device: where the indices go.
 
     Raises:
         TargetError: if it is missing, out of range, or of the wrong length or type.
@@ -82,15 +91,62 @@ def targets(target: Any, batch: int, classes: int, device: torch.device) -> Tens
     indices = [_index(item) for item in _items(target, classes)]
     if len(indices) == 1:
         indices = indices * batch
-    if len(indices) != batch:
-        raise TargetError(
-            f"{len(indices)} targets were given for {batch} images: "
-            "give one class, or one an image."
-        )
+    _check_length(len(indices), batch)
     wrong = [index for index in indices if not 0 <= index < classes]
     if wrong:
-        raise TargetError(f"target {wrong[0]} is out of range: classes are 0 to {classes - 1}.")
-    return torch.tensor(indices, dtype=torch.int64, device=device)
+        raise _out_of_range(wrong[0], classes)
+    return torch.tensor(indices, dtype=torch.int64)
+
+
+def early_targets(target: Any, batch: int, classes: int, device: torch.device) -> Tensor:
+    """As :func:`targets`, but what lies on the model's accelerator stays there, unlooked at.
+
+    :func:`late_targets` makes indices of both, once there are checks that tell what was wrong.
+    """
+    if not isinstance(target, Tensor) or target.device != device or device.type == "cpu":
+        return targets(target, batch, classes)
+    _check_form(target)
+    index = target.detach().reshape(-1).to(torch.int64)
+    if len(index) != 1:
+        _check_length(len(index), batch)
+    return index.expand(batch)
+
+
+def late_targets(index: Tensor, classes: int, checks: Checks, device: torch.device) -> Tensor:
+    """Indices on the device: those of the host are copied, its own clamped."""
+    if index.device != device:
+        return index.to(device, non_blocking=True)
+    return index if device.type == "cpu" else clamped(index, classes, checks)
+
+
+def clamped(index: Tensor, classes: int, checks: Checks) -> Tensor:
+    """Indices in range; that they were is one of the checks at the end of the call."""
+    inside = index.clamp(0, classes - 1)
+    off = index - inside
+    checks.require(
+        off == 0, lambda: _out_of_range(int(index.flatten()[off.abs().argmax()]), classes)
+    )
+    return inside
+
+
+def _out_of_range(index: int, classes: int) -> TargetError:
+    return TargetError(f"target {index} is out of range: classes are 0 to {classes - 1}.")
+
+
+def _check_length(given: int, batch: int) -> None:
+    if given != batch:
+        raise TargetError(
+            f"{given} targets were given for {batch} images: give one class, or one an image."
+        )
+
+
+def _check_form(target: Tensor | np.ndarray[Any, Any]) -> None:
+    if target.ndim > 2 or (target.ndim == 2 and target.shape[1] != 1):
+        raise TargetError(
+            f"targets have shape {tuple(target.shape)}: one class index an image is needed."
+        )
+    if not _holds_integers(target):
+        raise TargetError(f"targets are {target.dtype}: integers are needed.")
 
 
 def _items(target: Any, classes: int) -> Sequence[Any]:
@@ -99,12 +155,7 @@ def _items(target: Any, classes: int) -> Sequence[Any]:
             return [0]
         raise TargetError(f"no target was given: the model has {classes} classes, name one.")
     if isinstance(target, (Tensor, np.ndarray)):
-        if target.ndim > 2 or (target.ndim == 2 and target.shape[1] != 1):
-            raise TargetError(
-                f"targets have shape {tuple(target.shape)}: one class index an image is needed."
-            )
-        if not _holds_integers(target):
-            raise TargetError(f"targets are {target.dtype}: integers are needed.")
+        _check_form(target)
         return target.reshape(-1).tolist()
     if isinstance(target, list):
         if not target:

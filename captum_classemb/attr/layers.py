@@ -44,7 +44,7 @@ class _LayerMethod(LayerAttribution):  # type: ignore[misc]
         return self.layer
 
     def _targets(self, target: Any, pixels: Tensor) -> Tensor:
-        return targets(target, len(pixels), self.readout.num_classes, pixels.device)
+        return targets(target, len(pixels), self.readout.num_classes).to(pixels.device)
 
 
 class LayerClassEmbeddingProjection(_LayerMethod):

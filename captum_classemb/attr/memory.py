@@ -287,15 +287,26 @@ class MemoryPatchImportance(ForwardPassAttribution):
         contrast: Any,
         memories: bool = False,
     ) -> LogitLedger:
-        index = self._targets(target, pixels)
+        index = self._early_targets(target, pixels)
+        done = run(self.vit, self.ledger_needs(memories), pixels, args)
+        ledger = self.ledger_of(done, self._late_targets(done, index), contrast, memories)
+        done.checks.finish()
+        return ledger
+
+    def ledger_needs(self, memories: bool = False) -> Needs:
+        """What :meth:`ledger_of` reads of a forward pass."""
         reads = self.readout.reads
         by_memory = ("attn_coefficients", "mlp_coefficients") if memories else ()
         sites = dict.fromkeys(("mlp_path", "embedding", *by_memory), reads)
-        every = tuple(range(len(self.vit.blocks)))
-        done = run(self, Needs(reads, every, attention=True, sites=sites), pixels, args)
+        return Needs(reads, tuple(range(len(self.vit.blocks))), attention=True, sites=sites)
+
+    def ledger_of(
+        self, done: ForwardPass, index: Tensor, contrast: Any = None, memories: bool = False
+    ) -> LogitLedger:
+        """The ledger of one class an image (B) from a forward pass."""
         recording = done.recording
         assert recording is not None
-        with torch.inference_mode(False), no_autocast(pixels.device), self._reading():
+        with torch.inference_mode(False), no_autocast(done.logits.device), self._reading():
             classes = self.against(done, index, contrast)
             logits = self.model_logits(done)
             g = self.weights(logits, classes, self.objective)
@@ -311,7 +322,6 @@ class MemoryPatchImportance(ForwardPassAttribution):
                 entry, offsets = _mlp_entry(paths, u)
                 mlp.append(entry)
                 bias = bias + offsets
-            done.checks.finish()
             plain = (
                 self.objective == "logit" or logits.shape[1] == 1 or classes.contrast is not None
             )

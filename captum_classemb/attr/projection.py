@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from captum_classemb.attr._base import PatchAttribution, choose
-from captum_classemb.attr._forward_pass import Needs, run
+from captum_classemb.attr._forward_pass import Needs, any_rows, run
 from captum_classemb.attr._inputs import forward_args, images
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.functional.grid import tile
 from captum_classemb.functional.identifiability import all_ranks, identifiability
 from captum_classemb.functional.precision import no_autocast, upcast
 from captum_classemb.readout import Readout
+from captum_classemb.vit import ALL
 from captum_classemb.vit.checks import reading
 from captum_classemb.vit.memories import ForwardPass
 
@@ -102,10 +104,10 @@ class ClassEmbeddingProjection(PatchAttribution):
         """The block whose site is read."""
         return choose([self._block], len(self.vit.blocks), "block")[0]
 
-    def _tokens(self, pixels: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, ForwardPass]:
-        rows = self.vit.readout.reads if self.vit.has_readout else slice(0, 1)
-        sites = {self.site: slice(None)}
-        done = run(self, Needs(rows, (), sites=sites, site_blocks=(self.block,)), pixels, args)
+    def needs(self) -> Needs:
+        return Needs(any_rows(self.vit), (), sites={self.site: ALL}, site_blocks=(self.block,))
+
+    def _tokens(self, done: ForwardPass) -> Tensor:
         assert done.recording is not None
         tokens: Tensor = done.recording[self.site][self.block]
         if tokens.shape[1] <= self.vit.prefix_tokens:
@@ -113,19 +115,38 @@ class ClassEmbeddingProjection(PatchAttribution):
                 f"{self.site} of block {self.block} holds no patch tokens: these blocks of "
                 f"{type(self.vit.model).__qualname__} write to the CLS token alone."
             )
-        with no_autocast(pixels.device):
+        with no_autocast(tokens.device):
             # What is not finite makes its image's sum so.
             total = upcast(tokens).sum((1, 2))[:, None]
             done.checks.equal("tokens", (), total, total)
-        return tokens, done
+        return tokens
+
+    def image_maps(self, done: ForwardPass, index: Tensor) -> Tensor:
+        tokens = self._tokens(done)
+        with no_autocast(tokens.device), reading(done.checks.model):
+            each = [
+                token_scores(self._readout(), tokens, column, self.score)
+                for column in index.unbind(1)
+            ]
+            return torch.stack(each, 1)[..., self.vit.prefix_tokens :]
+
+    def class_maps(self, done: ForwardPass, index: Tensor) -> Tensor:
+        tokens = self._tokens(done)
+        with no_autocast(tokens.device), reading(done.checks.model):
+            scores = self._readout().project(tokens)
+            if self.score == "identifiability":
+                scores = (1.0 - all_ranks(scores).double() / scores.shape[-1]).to(scores.dtype)
+            elif self.score != "logit":
+                scores = scores.log_softmax(-1)
+                scores = scores.exp() if self.score == "probability" else scores
+            return scores[:, self.vit.prefix_tokens :, index].transpose(1, 2)
 
     def _patch_scores(self, pixels: Tensor, target: Any, args: tuple[Any, ...]) -> Tensor:
-        index = self._targets(target, pixels)
-        tokens, done = self._tokens(pixels, args)
-        with no_autocast(pixels.device), reading(done.checks.model):
-            scores = token_scores(self._readout(), tokens, index, self.score)
+        index = self._early_targets(target, pixels)
+        done = run(self.vit, self.needs(), pixels, args)
+        maps = self.image_maps(done, self._late_targets(done, index)[:, None])
         done.checks.finish()
-        return self._to_grid(scores[:, None], pixels)
+        return self._on_grid(maps, pixels)
 
     def _to_pixels(self, patches: Tensor, pixels: Tensor) -> Tensor:
         if self.additive:
@@ -145,15 +166,8 @@ class ClassEmbeddingProjection(PatchAttribution):
     ) -> Tensor:
         args = forward_args(additional_forward_args)
         pixels = images(self.vit, inputs, args, finite=False)
-        index = None if classes is None else self._classes(classes, pixels)
-        tokens, done = self._tokens(pixels, args)
+        index = self._classes(classes, pixels)
+        done = run(self.vit, self.needs(), pixels, args)
+        maps = self.class_maps(done, index)
         done.checks.finish()
-        with no_autocast(pixels.device):
-            scores = self._readout().project(tokens)
-            if self.score == "identifiability":
-                scores = (1.0 - all_ranks(scores).double() / scores.shape[-1]).to(scores.dtype)
-            elif self.score != "logit":
-                scores = scores.log_softmax(-1)
-                scores = scores.exp() if self.score == "probability" else scores
-            scores = scores if index is None else scores[..., index]
-        return self._to_grid(scores.transpose(1, 2), pixels)
+        return self._on_grid(maps, pixels)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from captum_classemb.attr import baselines
 from captum_classemb.attr._base import PatchAttribution
+from captum_classemb.attr.baselines._base import Baseline
 from captum_classemb.attr.gradient import ClassEmbeddingGradient
 from captum_classemb.attr.memory import MemoryPatchImportance
 from captum_classemb.attr.patch_importance import PatchImportance
@@ -30,6 +31,11 @@ class Method:
     build: Callable[..., PatchAttribution]
     caption: str
     needs: str = ""
+
+    @property
+    def baseline(self) -> bool:
+        """Whether it is here to be compared with."""
+        return isinstance(self.build, type) and issubclass(self.build, Baseline)
 
 
 #: Every method by its name.

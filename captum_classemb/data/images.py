@@ -38,7 +38,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SIXTEEN_BITS = re.compile(r"(RGBA?;16)([BLN])")
+_SIXTEEN_BITS = re.compile(r"((?:RGB|RGBA|RGBa|RGBX|CMYK);16)([BLN])")
+_MIN_IS_WHITE, _PHOTOMETRIC, _BITS, _PLANES = 0, 262, 258, 284
 
 
 class Source(NamedTuple):
@@ -212,11 +213,11 @@ def _upright(
     image: Image.Image, called: str, content: bytes = b"", tiles: Sequence[Any] = ()
 ) -> tuple[Image.Image, int]:
     """The image in RGB, and by how much it still had to be turned."""
-    values = _sixteen_bits(image, content, tiles)
+    values = _sixteen_bits(image, called, content, tiles)
     image.load()
     orientation = _orientation(image)
     if values is not None:
-        rgb = _on_white(_eight_bits(values, image.info.get("transparency")))
+        rgb = _on_white(_eight_bits(values, image))
     elif image.mode in {"I", "F"}:
         raise DataError(
             f"{called} has 32-bit pixels, which say not what is white: "
@@ -235,24 +236,51 @@ def turn(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _sixteen_bits(
-    image: Image.Image, content: bytes, tiles: Sequence[Any]
+    image: Image.Image, called: str, content: bytes, tiles: Sequence[Any]
 ) -> npt.NDArray[np.uint32] | None:
-    """H×W×(1, 3 or 4) values of 16 bits; None where the file has fewer."""
-    # PNG knows 16 bits at most; Pillow before 11.3 reads them into 32.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        return np.asarray(image).astype(np.uint32)[..., None]
+    """H×W×(1, 3 or 4) values of 16 bits; None where the file has fewer.
+
+    Raises:
+        DataError: if Pillow gives no way to read all of them.
+    """
+    tags: Any = getattr(image, "tag_v2", {})
     layouts = [str(tile[3] if isinstance(tile[3], str) else tile[3][0]) for tile in tiles]
-    if not layouts or not all(_SIXTEEN_BITS.fullmatch(layout) for layout in layouts):
+    deep = any(bits > 8 for bits in tags.get(_BITS, ()))
+    if (deep and tags.get(_PLANES) == 2) or any(tile[0] == "SGI16" for tile in tiles):
+        raise DataError(
+            f"{called} has 16-bit colours in planes, which are not read: save it as PNG."
+        )
+    # PNG and PGM know 16 bits at most; Pillow before 11.3 reads those of a PNG into 32.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in {"PNG", "PPM"}):
+        values = np.asarray(image).astype(np.uint32)[..., None]
+        return 65535 - values if tags.get(_PHOTOMETRIC) == _MIN_IS_WHITE else values
+    if not layouts:
+        return None
+    if layouts == ["LA;16B"]:
+        # Of such a PNG Pillow keeps the upper bytes; as four channels of 8 bits it has all.
+        every = np.asarray(_read_as(content, tiles, ["RGBA"])).astype(np.uint32)
+        gray, alpha = (every[..., i] * 256 + every[..., i + 1] for i in (0, 2))
+        return np.stack([gray, gray, gray, alpha], -1)
+    if not all(_SIXTEEN_BITS.fullmatch(layout) for layout in layouts):
         return None
     # Of colours Pillow keeps the upper byte alone. Read with the bytes swapped, it keeps the lower.
-    with Image.open(io.BytesIO(content)) as swapped:
-        other: Any = swapped
-        other.tile = [
-            (*tile[:3], layout if isinstance(tile[3], str) else (layout, *tile[3][1:]))
-            for tile, layout in zip(tiles, map(_swap_bytes, layouts), strict=True)
-        ]
-        low = np.asarray(swapped).astype(np.uint32)
-    return np.asarray(image).astype(np.uint32) * 256 + low
+    plain = [layout.replace("RGBa", "RGBA") for layout in layouts]
+    low = _read_as(content, tiles, list(map(_swap_bytes, plain)))
+    high = _read_as(content, tiles, plain)
+    upper, lower = (np.asarray(read).astype(np.uint32) for read in (high, low))
+    return upper * 256 + lower
+
+
+def _read_as(content: bytes, tiles: Sequence[Any], layouts: Sequence[str]) -> Image.Image:
+    """The file decoded as if its pixels lay otherwise."""
+    image: Any = Image.open(io.BytesIO(content))
+    image.tile = [
+        (*tile[:3], layout if isinstance(tile[3], str) else (layout, *tile[3][1:]))
+        for tile, layout in zip(tiles, layouts, strict=True)
+    ]
+    image.load()
+    read: Image.Image = image
+    return read
 
 
 def _swap_bytes(layout: str) -> str:
@@ -261,16 +289,26 @@ def _swap_bytes(layout: str) -> str:
     return match[1] + ("L" if match[2] == "B" else "B")
 
 
-def _eight_bits(values: npt.NDArray[np.uint32], transparent: Any) -> Image.Image:
-    """16 bits a channel, H×W×(1, 3 or 4), to 8; pixels of the transparent value become clear."""
+def _eight_bits(values: npt.NDArray[np.uint32], image: Image.Image) -> Image.Image:
+    """16 bits a channel to 8; pixels of the transparent value become clear."""
     scaled = ((values + 128) // 257).astype(np.uint8)
     if values.shape[-1] == 4:
-        return Image.fromarray(scaled)
+        # What is multiplied by its opacity is divided by it when it is laid on white.
+        mode = "RGBa" if _tiff_alpha(image) == 1 else image.mode
+        return Image.frombytes(mode, image.size, scaled.tobytes())
     rgb = np.broadcast_to(scaled, (*scaled.shape[:2], 3))
+    transparent = image.info.get("transparency")
     if transparent is None:
         return Image.fromarray(np.ascontiguousarray(rgb))
     clear = (values == np.asarray(transparent)).all(-1, keepdims=True)
     return Image.fromarray(np.concatenate([rgb, np.where(clear, 0, 255).astype(np.uint8)], -1))
+
+
+def _tiff_alpha(image: Image.Image) -> int | None:
+    """What a TIFF says of its fourth channel: 1 where colours are multiplied by it."""
+    tags: Any = getattr(image, "tag_v2", {})
+    extra = tags.get(338) or (None,)
+    return extra[0] if image.mode == "RGBA" else None
 
 
 def _on_white(image: Image.Image) -> Image.Image:

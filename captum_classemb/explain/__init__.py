@@ -1,6 +1,5 @@
 """Explain photographs: files in; a figure, the maps and a record of each out."""
 
-from captum_classemb.explain.compute import METHODS
 from captum_classemb.explain.explore import Explore, explore
 from captum_classemb.explain.html import write_page
 from captum_classemb.explain.maps import MapOptions, write_maps
@@ -8,7 +7,6 @@ from captum_classemb.explain.run import Options, Outcome, Run
 from captum_classemb.explain.saved_maps import SavedMaps
 
 __all__ = [
-    "METHODS",
     "Explore",
     "MapOptions",
     "Options",

@@ -2,95 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from inspect import signature
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from captum_classemb.attr import (
-    ClassEmbeddingGradient,
-    ClassEmbeddingProjection,
-    MemoryPatchImportance,
-    PatchImportance,
-)
+from captum_classemb.attr import METHODS, PatchAttribution
+from captum_classemb.attr._forward_pass import Needs, any_rows
+from captum_classemb.attr.together import SharedPass
 from captum_classemb.errors import InputError
 from captum_classemb.functional.identifiability import identifiability
 from captum_classemb.readout import Readout
-from captum_classemb.vit import ViT, record
+from captum_classemb.vit import ALL, ViT
 
 Floats = npt.NDArray[np.floating]
 
 TOP = 5
 
-
-class PatchMethod(Protocol):
-    """What a method can do: summed maps of several classes, or unsummed ones of one class."""
-
-    def attribute_classes(self, inputs: Tensor, classes: Sequence[int] | None) -> Tensor:
-        """B×K×h×w."""
-        ...
-
-    def attribute_patches(self, inputs: Tensor, target: Tensor) -> Tensor:
-        """B×…×h×w."""
-        ...
+#: What is drawn unless methods are named: the package's own.
+OWN = tuple(name for name, method in METHODS.items() if not (method.baseline or method.needs))
 
 
-@dataclass(frozen=True)
-class Method:
-    """One column of the figure.
+def check_methods(names: Sequence[str]) -> None:
+    """See that methods are known and need nothing beside the model.
 
-    Args:
-        title: over the column.
-        caption: what its scores are.
-        build: the attribution, from a model and, if wanted, a readout instead of its own.
-        options: these options, for the record.
-        whole: what its map sums.
-        every_class: whether the maps of all classes cost little more than one.
+    Raises:
+        InputError: if not, or if there are none.
     """
+    known = [name for name, method in METHODS.items() if not method.needs]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise InputError(
+            f"The method {', '.join(unknown) or '(none)'} is unknown: "
+            f"give one or more of {', '.join(known)}."
+        )
 
-    title: str
-    caption: str
-    build: Callable[..., PatchMethod]
-    options: Mapping[str, object]
-    whole: str = "all blocks and heads"
-    every_class: bool = True
+
+def _built(name: str, vit: ViT, readout: Readout | None) -> PatchAttribution:
+    build = METHODS[name].build
+    if readout is None:
+        return build(vit)
+    if "readout" not in signature(build).parameters:
+        raise InputError(f"{name} takes no readout of its own: leave one of the two out.")
+    return build(vit, readout)
 
 
-PROJECTION = "class-embedding-projection"
-MEMORY = "memory-patch-importance"
-
-METHODS: dict[str, Method] = {
-    "patch-importance": Method(
-        "Importance",
-        "evidence that attention carries, all blocks and heads",
-        PatchImportance,
-        {},
-        every_class=False,
-    ),
-    PROJECTION: Method(
-        "Projection",
-        "class logit of each patch token, last block",
-        ClassEmbeddingProjection,
-        {"score": "logit", "site": "resid_post", "block": -1},
-        whole="last block",
-    ),
-    "class-embedding-gradient": Method(
-        "Gradient",
-        "∂ score / ∂ attention, all blocks and heads",
-        ClassEmbeddingGradient,
-        {"objective": "paper", "blocks": "all", "heads": "all"},
-    ),
-    MEMORY: Method(
-        "Memory",
-        "share of the class logit brought by attention",
-        MemoryPatchImportance,
-        {"objective": "logit", "blocks": "all", "heads": "all"},
-    ),
-}
+def every_token(vit: ViT) -> Needs:
+    """The hidden states of all tokens after every block."""
+    return Needs(any_rows(vit), (), sites={"resid_post": ALL})
 
 
 @dataclass(frozen=True)
@@ -123,13 +86,13 @@ class Explainer:
 
     Args:
         vit: the adapted model.
-        methods: keys of `METHODS`.
+        methods: names of :data:`~captum_classemb.attr.METHODS`.
         targets: the classes explained in every image; without any, the model's first choice for
             each image.
         readout: instead of the model's own class embedding; of the same classes.
 
     Raises:
-        InputError: if the readout has other classes than the model.
+        InputError: if the readout has other classes than the model, or a method takes none.
     """
 
     def __init__(
@@ -147,7 +110,7 @@ class Explainer:
                 f"the readout has {self.readout.num_classes} classes and the model "
                 f"{vit.num_classes}: explain with one of the same classes."
             )
-        self.methods = {name: METHODS[name].build(vit, readout) for name in methods}
+        self.methods = {name: _built(name, vit, readout) for name in methods}
 
     def __call__(self, images: Tensor) -> list[Explanation]:
         """Explain images B×3×H×W.
@@ -157,29 +120,34 @@ class Explainer:
             NonFiniteError: if the model returns NaN or infinity.
         """
         vit = self.vit
-        vit.check_inputs(images)
         images = images.to(device=vit.device, dtype=vit.dtype)
-        recording = record(vit, images, ["resid_post"])
-        logits = recording.logits.float()
+        also = [every_token(vit)]
+        shared = SharedPass(vit, list(self.methods.values()), images, also=also)
+        recording, logits = shared.done.recording, shared.done.logits
+        assert recording is not None
+        batch = len(images)
         if self.targets:
-            targets = torch.tensor(self.targets).expand(len(images), -1)
+            targets = torch.tensor(self.targets, device=vit.device)
         else:
-            targets = logits.argmax(-1, keepdim=True).cpu()
+            targets = logits.argmax(-1, keepdim=True)
+        maps = {name: shared.maps(m, targets).float() for name, m in self.methods.items()}
+        shared.finish()
+        targets = targets.expand(batch, -1)
         known = self._identifiability(recording["resid_post"], targets)
         grid = vit.grid((images.shape[2], images.shape[3]))
         patches = known[..., vit.prefix_tokens :].unflatten(-1, grid)
         first = vit.readout.reads.start
-        maps = {name: self._maps(method, images, targets) for name, method in self.methods.items()}
-        probabilities = logits.softmax(-1).cpu()
+        probabilities = logits.float().softmax(-1).cpu()
+        arrays = {name: values.cpu().numpy() for name, values in maps.items()}
         return [
             Explanation(
                 targets=tuple(targets[i].tolist()),
                 probabilities=probabilities[i].numpy(),
-                maps={name: values[i] for name, values in maps.items()},
+                maps={name: values[i] for name, values in arrays.items()},
                 patches=patches[i].numpy(),
                 cls=known[i, ..., first].numpy() if first < vit.prefix_tokens else None,
             )
-            for i in range(len(images))
+            for i in range(batch)
         ]
 
     def _identifiability(self, blocks: Sequence[Tensor], targets: Tensor) -> Tensor:
@@ -188,18 +156,6 @@ class Explainer:
         with torch.no_grad():
             for block, tokens in enumerate(blocks):
                 logits = self.readout.at(block, "resid_post").project(tokens)
-                each = [
-                    identifiability(logits, column[:, None].to(logits.device)).cpu()
-                    for column in targets.unbind(1)
-                ]
+                each = [identifiability(logits, c[:, None]).cpu() for c in targets.unbind(1)]
                 by_block.append(torch.stack(each, 1))
         return torch.stack(by_block, 2)
-
-    def _maps(self, method: PatchMethod, images: Tensor, targets: Tensor) -> Floats:
-        """B×K×h×w."""
-        if self.targets:
-            maps = method.attribute_classes(images, list(self.targets))
-        else:
-            patches = method.attribute_patches(images, targets[:, 0])
-            maps = patches.flatten(1, -3).sum(1, keepdim=True)
-        return maps.float().cpu().numpy()

@@ -12,11 +12,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from captum_classemb.attr import MemoryPatchImportance
+from captum_classemb.attr import (
+    METHODS,
+    ClassEmbeddingProjection,
+    MemoryPatchImportance,
+    PatchAttribution,
+    PatchImportance,
+)
+from captum_classemb.attr._forward_pass import ForwardPassAttribution
+from captum_classemb.attr.together import SharedPass
 from captum_classemb.data import Preprocess, read_image
 from captum_classemb.data.images import as_rgb, printable
-from captum_classemb.errors import UnsupportedModelError
-from captum_classemb.explain.compute import MEMORY, METHODS, PROJECTION, TOP
+from captum_classemb.errors import InputError, UnsupportedModelError
+from captum_classemb.explain.compute import OWN, TOP, check_methods, every_token
 from captum_classemb.explorer import ExplorerPage, explorer_page
 from captum_classemb.explorer.contents import Contents, LedgerEntries, MethodMaps
 from captum_classemb.explorer.quantise import quantise
@@ -24,7 +32,7 @@ from captum_classemb.functional.identifiability import rank
 from captum_classemb.functional.ledger import LogitLedger
 from captum_classemb.models.names import ClassNames, class_names
 from captum_classemb.plot import DIVERGING
-from captum_classemb.vit import ViT, adapt, record
+from captum_classemb.vit import ViT, adapt
 
 Floats = npt.NDArray[np.floating]
 
@@ -78,9 +86,10 @@ class Explore:
         vit: the adapted model.
         view: H×W×3, 8 bits: what the model sees.
         preprocess: what makes of it what the model reads.
-        methods: keys of `METHODS`.
+        methods: names of :data:`~captum_classemb.attr.METHODS`, of those with entries by block.
 
     Raises:
+        InputError: if a method is unknown, or has no entries by block.
         UnsupportedModelError: by the first step, if a block holds no patch tokens.
 
     Examples:
@@ -88,7 +97,8 @@ class Explore:
         >>> model = demo_vit()
         >>> preprocess = Preprocess.of_model(model)
         >>> view = preprocess.view(read_image(demo_image_paths()[0]))
-        >>> exploring = Explore(adapt(model), view, preprocess, [PROJECTION, MEMORY])
+        >>> methods = ["patch-importance", "memory-patch-importance"]
+        >>> exploring = Explore(adapt(model), view, preprocess, methods)
         >>> steps = exploring.steps(targets=[7])
         >>> for number, step in enumerate(steps, 1):
         ...     step()
@@ -107,15 +117,15 @@ class Explore:
     vit: ViT
     view: npt.NDArray[np.uint8]
     preprocess: Preprocess
-    methods: Sequence[str] = tuple(METHODS)
+    methods: Sequence[str] = OWN
 
     def steps(self, targets: Sequence[int] = ()) -> list[Callable[[], None]]:
         """What there is to do, in this order."""
         self._targets = list(dict.fromkeys(targets))
         self._maps: list[MethodMaps] = []
-        self._notes: list[str] = []
+        self._notes = list(self._refused)
         self._ledger: LedgerEntries | None = None
-        per_method = [self._method_step(key) for key in self.methods]
+        per_method = [self._method_step(key) for key in self._built]
         return [self._read_tokens, *per_method, self._read_ledger]
 
     def page(self, names: ClassNames, *, title: str, model: str) -> ExplorerPage:
@@ -144,15 +154,32 @@ class Explore:
 
     # -- steps
 
+    def __post_init__(self) -> None:
+        check_methods(self.methods)
+        self._built: dict[str, PatchAttribution] = {}
+        self._refused: list[str] = []
+        for name in self.methods:
+            try:
+                method = METHODS[name].build(self.vit)
+            except UnsupportedModelError as error:
+                self._refused.append(f"{name} is missing: {error}")
+                continue
+            if not isinstance(method, (ForwardPassAttribution, ClassEmbeddingProjection)):
+                raise InputError(f"the page shows entries by block: {name} has none, leave it out.")
+            self._built[name] = method
+
     def _read_tokens(self) -> None:
         """Top classes of every token after every block, and the ranks of the classes in focus."""
         vit = self.vit
         pixels = self.preprocess.tensor(self.view)[None].to(vit.device, vit.dtype)
-        vit.check_inputs(pixels)
-        self._pixels = pixels
+        methods = list(self._built.values())
+        ledgers = [m.ledger_needs() for m in methods if isinstance(m, MemoryPatchImportance)]
+        self._pass = SharedPass(vit, methods, pixels, also=[every_token(vit), *ledgers])
+        recording = self._pass.done.recording
+        assert recording is not None
+        self._pass.finish()
         self._grid = vit.grid((pixels.shape[2], pixels.shape[3]))
-        recording = record(vit, pixels, ["resid_post"])
-        probabilities = recording.logits.float().softmax(-1)[0]
+        probabilities = self._pass.done.logits.float().softmax(-1)[0]
         self.probabilities = probabilities.cpu().numpy()
         self._order = np.argsort(-self.probabilities, kind="stable")
         self.top = [int(index) for index in self._order[:TOP]]
@@ -178,44 +205,51 @@ class Explore:
         self._ranks = np.stack(ranks, 1)
         self._projected = np.stack(projected, 1).reshape(len(focus), -1, 1, *self._grid)
 
-    def _method_step(self, key: str) -> Callable[[], None]:
+    def _method_step(self, name: str) -> Callable[[], None]:
         def step() -> None:
             try:
-                self._maps.append(self._read_method(key))
+                self._maps.append(self._read_method(name, self._built[name]))
             except UnsupportedModelError as error:
-                self._notes.append(f"{METHODS[key].title} is missing: {error}")
+                self._notes.append(f"{name} is missing: {error}")
 
         return step
 
-    def _read_method(self, key: str) -> MethodMaps:
-        kind = METHODS[key]
-        classes = self._classes_with_maps(kind.every_class)
-        maps = kind.build(self.vit).attribute_classes(self._pixels, classes.tolist())[0]
-        # The tokens of every block are read already.
-        known = key == PROJECTION
-        parts = self._projected if known else np.stack([self._parts(key, i) for i in self.focus])
+    def _read_method(self, name: str, method: PatchAttribution) -> MethodMaps:
+        classes = self._classes_with_maps(every_class=not isinstance(method, PatchImportance))
+        maps = self._pass.maps(method, torch.from_numpy(classes))[0]
+        if isinstance(method, ForwardPassAttribution):
+            parts = np.stack([self._parts(method, i) for i in self.focus])
+            whole = "all blocks and heads"
+        else:
+            # The tokens of every block are read already.
+            parts, whole = self._projected, "last block"
+        self._pass.finish()
         return MethodMaps(
-            key=key,
-            title=kind.title,
-            caption=kind.caption,
-            whole=kind.whole,
+            key=name,
+            title=name,
+            caption=METHODS[name].caption,
+            whole=whole,
             classes=classes,
             maps=quantise(_numpy(maps)),
             parts=quantise(parts),
             totals=parts.sum((-2, -1)),
         )
 
-    def _parts(self, key: str, index: int) -> Floats:
+    def _parts(self, method: ForwardPassAttribution, index: int) -> Floats:
         """One class by block and head: L×H'×h×w, all heads together first."""
-        target = torch.tensor([index])
-        by_head = _numpy(METHODS[key].build(self.vit).attribute_patches(self._pixels, target)[0])
+        done, target = self._pass.done, torch.tensor([index], device=self.vit.device)
+        by_head = _numpy(method.one_class(done, target, summed=False)[0])
+        by_head = by_head.reshape(*by_head.shape[:2], *self._grid)
         return np.concatenate([by_head.sum(1, keepdims=True), by_head], 1)
 
     def _read_ledger(self) -> None:
-        if not any(method.key == MEMORY for method in self._maps):
+        drawn = [self._built[method.key] for method in self._maps]
+        memory = next((m for m in drawn if isinstance(m, MemoryPatchImportance)), None)
+        if memory is None:
             return
-        memory = MemoryPatchImportance(self.vit)
-        ledgers = [memory.ledger(self._pixels, index) for index in self.focus]
+        targets = torch.tensor(self.focus, device=self.vit.device)
+        ledgers = [memory.ledger_of(self._pass.done, index) for index in targets[:, None]]
+        self._pass.finish()
         first = self.vit.prefix_tokens
 
         def each(read: Callable[[LogitLedger], Tensor]) -> Floats:

@@ -14,18 +14,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from captum_classemb.attr import METHODS
 from captum_classemb.data import Preprocess
 from captum_classemb.data.images import Source, find_images, printable, read_photograph
 from captum_classemb.data.marks import JSON_MARK, MARK, NPZ_MARK, PNG_MARK
 from captum_classemb.data.preprocess import ResizeMode
 from captum_classemb.errors import ClassEmbError, DataError, InputError
-from captum_classemb.explain.compute import METHODS, Explainer, Explanation
+from captum_classemb.explain.compute import OWN, Explainer, Explanation, check_methods
 from captum_classemb.explain.outputs import Protected, check_writable, unique_stems, write_together
 from captum_classemb.models.demo import demo_image_paths
 from captum_classemb.models.load import load_model
 from captum_classemb.models.names import DEMO_MODEL, ClassNames, class_names
-from captum_classemb.models.readouts import open_readout
 from captum_classemb.plot.explain import MAX_TARGETS, ClassScore, PatchMaps, explanation_figure
+from captum_classemb.readout import load_readout
 from captum_classemb.versions import versions
 from captum_classemb.vit import adapt
 
@@ -41,7 +42,7 @@ class Options:
     model: str = DEMO_MODEL
     checkpoint: Path | None = None
     targets: Sequence[str | int] = ()
-    methods: Sequence[str] = tuple(METHODS)
+    methods: Sequence[str] = OWN
     readout: Path | None = None
     resize: ResizeMode = "crop"
     device: str = "auto"
@@ -95,12 +96,7 @@ class Run:
 
     def __post_init__(self) -> None:
         options = self.options
-        unknown = [name for name in options.methods if name not in METHODS]
-        if unknown or not options.methods:
-            raise InputError(
-                f"The method {', '.join(unknown) or '(none)'} is unknown: "
-                f"give one or more of {', '.join(METHODS)}."
-            )
+        check_methods(options.methods)
         if options.batch_size < 1:
             raise InputError(f"The batch size {options.batch_size} is too small: give 1 or more.")
         check_writable(options.output if options.page is None else options.page.parent)
@@ -146,7 +142,7 @@ class Run:
                 f"{len(targets)} targets were given: one figure shows up to {MAX_TARGETS}."
             )
         self.preprocess = Preprocess.of_model(model, options.resize)
-        readout = None if options.readout is None else open_readout(options.readout, vit.readout)
+        readout = None if options.readout is None else load_readout(options.readout, vit.readout)
         self.explainer = Explainer(vit, list(dict.fromkeys(options.methods)), targets, readout)
 
     def __len__(self) -> int:
@@ -216,7 +212,7 @@ class Run:
         figure = explanation_figure(
             photo.view,
             [
-                PatchMaps(METHODS[name].title, METHODS[name].caption, values)
+                PatchMaps(name, METHODS[name].caption, values)
                 for name, values in explanation.maps.items()
             ],
             targets,
@@ -274,7 +270,7 @@ class Run:
                 name: {
                     "class": f"{type(method).__module__}.{type(method).__qualname__}",
                     "scores": METHODS[name].caption,
-                    "options": dict(METHODS[name].options),
+                    "options": method.options(),
                 }
                 for name, method in self.explainer.methods.items()
             },

@@ -83,28 +83,28 @@ class Checks:
         self._conditions.append((holds, error))
 
     def finish(self) -> None:
-        """Compare.
+        """Compare what was gathered since the last time.
 
         Raises:
             UnsupportedModelError: if an identity does not hold, for the first that fails.
             NonFiniteError: if an image's values are not finite.
             ClassEmbError: the error of a condition.
         """
-        parts = [(~holds).any()[None] for holds, _ in self._conditions]
-        parts += [n.reshape(-1) for i in self._identities for n in (i.difference, i.size)]
+        conditions, self._conditions = self._conditions, []
+        identities, self._identities = self._identities, []
+        parts = [(~holds).any()[None] for holds, _ in conditions]
+        parts += [n.reshape(-1) for i in identities for n in (i.difference, i.size)]
         if not parts:
             return
-        widest = max(
-            (i.difference.dtype for i in self._identities), key=_bits, default=torch.float32
-        )
+        widest = max((i.difference.dtype for i in identities), key=_bits, default=torch.float32)
         both = torch.cat([part.to(widest) for part in parts]).tolist()
-        for failed, (_, error) in zip(both, self._conditions, strict=False):
+        for failed, (_, error) in zip(both, conditions, strict=False):
             if failed:
                 raise error()
-        both = both[len(self._conditions) :]
-        sizes = [identity.difference.numel() for identity in self._identities]
+        both = both[len(conditions) :]
+        sizes = [identity.difference.numel() for identity in identities]
         start = 0
-        for identity, count in zip(self._identities, sizes, strict=True):
+        for identity, count in zip(identities, sizes, strict=True):
             difference, size = both[start : start + count], both[start + count : start + 2 * count]
             start += 2 * count
             self._compare(identity, difference, size)

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_classemb.attr._forward_pass import ForwardPassAttribution
+from captum_classemb.errors import TargetError
 from captum_classemb.functional import grid
 from captum_classemb.vit import forward_pass
 
@@ -43,7 +44,7 @@ WITH_A_DEVICE = {"relevance of Chefer et al.", "LeGrad", "AttnLRP", "token occlu
 OTHERS = {k: v for k, v in ALL_METHODS.items() if k not in {*METHODS, *WITH_A_DEVICE}}
 
 #: Identities are looked at at the end; a target comes from the host.
-WAITS, COPIES = "finish", "targets"
+WAITS, COPIES = "finish", "late_targets"
 
 
 def place() -> str:
@@ -116,8 +117,13 @@ def watched(run: Callable[[], Tensor], monkeypatch: pytest.MonkeyPatch) -> tuple
         return run(), seen
 
 
+def on_device(*classes: int) -> Tensor:
+    return torch.empty(len(classes), dtype=torch.int64, device="cuda")
+
+
 CALLS = {
     "attribute": (16, lambda method, x: method.attribute(x, [1, 2])),
+    "targets on the device": (16, lambda method, x: method.attribute(x, on_device(1, 2))),
     "a few classes": (16, lambda method, x: method.attribute_classes(x)),
     "many classes": (2, lambda method, x: method.attribute_classes(x)),
 }
@@ -145,9 +151,22 @@ def test_other_methods_mix_no_devices(name: str, monkeypatch: pytest.MonkeyPatch
     with rehearsal("cls", monkeypatch) as (model, x):
         method = OTHERS[name](model)
         for kind, (_, call) in CALLS.items():
-            if kind == "attribute" or hasattr(method, "attribute_classes"):
+            if "classes" not in kind or hasattr(method, "attribute_classes"):
                 maps, _ = watched(partial(call, method, x), monkeypatch)
                 assert maps.device.type == "cuda"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_targets_out_of_range_are_told_at_the_end(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the device answers that a condition fails, the target is what is refused."""
+    with rehearsal("cls", monkeypatch) as (model, x):
+        method = ALL_METHODS[name](model)
+        monkeypatch.setattr(Watched, "list_of", lambda self, t: [1.0] * t.numel())
+        call = partial(method.attribute_patches, x, on_device(1, 2))
+        with pytest.raises(TargetError, match="out of range: classes are 0 to"):
+            watched(call, monkeypatch)
 
 
 @pytest.mark.parametrize("name", METHODS[1:])

@@ -13,26 +13,36 @@ from target_forms import ONE_EACH, ONE_FOR_ALL
 from torch import Tensor
 
 from captum_classemb import ClassEmbeddingGradient, ClassEmbeddingProjection, MemoryPatchImportance
-from captum_classemb.attr._inputs import forward_args, like_inputs, targets
+from captum_classemb.attr._inputs import clamped, forward_args, like_inputs, targets
 from captum_classemb.errors import InputError, TargetError
-
-CPU = torch.device("cpu")
+from captum_classemb.vit.checks import Checks
 
 
 @pytest.mark.parametrize("target", ONE_FOR_ALL.values(), ids=ONE_FOR_ALL)
 def test_one_target_for_all(target: Any) -> None:
-    assert torch.equal(targets(target, 4, 7, CPU), torch.tensor([3, 3, 3, 3]))
+    assert torch.equal(targets(target, 4, 7), torch.tensor([3, 3, 3, 3]))
 
 
 @pytest.mark.parametrize("target", ONE_EACH.values(), ids=ONE_EACH)
 def test_one_target_for_each(target: Any) -> None:
-    assert torch.equal(targets(target, 3, 7, CPU), torch.tensor([2, 0, 6]))
+    assert torch.equal(targets(target, 3, 7), torch.tensor([2, 0, 6]))
+
+
+@pytest.mark.parametrize("wrong", [7, -1, 2**40])
+def test_targets_of_the_device_are_clamped_and_told_at_the_end(wrong: int) -> None:
+    checks = Checks("model", 1e-4)
+    assert torch.equal(clamped(torch.tensor([[0, 6]]), 7, checks), torch.tensor([[0, 6]]))
+    checks.finish()
+    found = clamped(torch.tensor([3, wrong, 1]), 7, checks)
+    assert found.tolist() == [3, 6 if wrong > 0 else 0, 1]
+    with pytest.raises(TargetError, match=f"target {wrong} is out of range: classes are 0 to 6"):
+        checks.finish()
 
 
 def test_no_target() -> None:
-    assert torch.equal(targets(None, 2, 1, CPU), torch.tensor([0, 0]))
+    assert torch.equal(targets(None, 2, 1), torch.tensor([0, 0]))
     with pytest.raises(TargetError, match="no target was given: the model has 7 classes"):
-        targets(None, 2, 7, CPU)
+        targets(None, 2, 7)
 
 
 WRONG: dict[str, tuple[Any, str]] = {
@@ -64,7 +74,7 @@ WRONG: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize(("target", "message"), WRONG.values(), ids=WRONG)
 def test_wrong_targets(target: Any, message: str) -> None:
     with pytest.raises(TargetError, match=message):
-        targets(target, 3, 7, CPU)
+        targets(target, 3, 7)
     model = tiny()
     pixels = torch.randn(3, 3, 32, 32)
     for method in (ClassEmbeddingGradient(model), ClassEmbeddingProjection(model)):

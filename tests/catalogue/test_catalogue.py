@@ -25,8 +25,7 @@ from captum_classemb.errors import CheckpointError, ClassEmbError, DataError
 from captum_classemb.models import class_names, demo_vit
 from captum_classemb.models.load import read_checkpoint
 from captum_classemb.models.names import ClassNames
-from captum_classemb.models.readouts import open_readout
-from captum_classemb.readout import LinearProbe, ProbeHeads
+from captum_classemb.readout import LinearProbe, ProbeHeads, load_readout
 from captum_classemb.readout.files import encode_readout
 from captum_classemb.vit import adapt
 
@@ -311,14 +310,14 @@ def test_probe(change: Change, own: Any, probe: bytes, tmp_path: Path) -> None:
     change(tensors, about)
     content = save(tensors, {**metadata, "readout": json.dumps(about)})
     (tmp_path / "a.safetensors").write_bytes(content)
-    refuses(lambda: open_readout(tmp_path / "a.safetensors", own), ClassEmbError)
+    refuses(lambda: load_readout(tmp_path / "a.safetensors", own), ClassEmbError)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", "[" * 9000, '{"kind": 1', "\x00"])
 def test_probe_with_a_broken_record(text: str, own: Any, probe: bytes, tmp_path: Path) -> None:
     content = save(load(probe), {"format": "captum-classemb readout 1", "readout": text})
     (tmp_path / "a.safetensors").write_bytes(content)
-    refuses(lambda: open_readout(tmp_path / "a.safetensors", own), ClassEmbError)
+    refuses(lambda: load_readout(tmp_path / "a.safetensors", own), ClassEmbError)
 
 
 @QUICK
@@ -330,7 +329,7 @@ def test_damaged_probe(data: Any, own: Any, probe: bytes, tmp_path: Path) -> Non
         content[data.draw(st.integers(0, size))] = data.draw(st.integers(0, 255))
     (tmp_path / "a").write_bytes(content)
     try:
-        open_readout(tmp_path / "a", own)
+        load_readout(tmp_path / "a", own)
     except ClassEmbError as error:
         assert str(error)
 

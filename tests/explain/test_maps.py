@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from captum_classemb import ClassEmbeddingProjection, PatchImportance
+from captum_classemb.attr import METHODS
 from captum_classemb.cli import cli
 from captum_classemb.data import Preprocess, read_image
 from captum_classemb.errors import DataError, InputError
@@ -154,9 +156,9 @@ def test_workers_processes_and_shards_change_nothing(
 def test_killed_and_resumed_gives_the_same_files(maps: Maps, photos: Path, tmp_path: Path) -> None:
     slow = (
         "import time, sys\n"
-        "from captum_classemb.explain.maps import _Writer\n"
-        "write = _Writer._write\n"
-        "_Writer._write = lambda *given: (time.sleep(0.3), write(*given))\n"
+        "from captum_classemb.explain.shards import ShardWriter as Writer\n"
+        "write = Writer._write\n"
+        "Writer._write = lambda *given: (time.sleep(0.3), write(*given))\n"
         "from captum_classemb.cli import main\n"
         "main()\n"
     )
@@ -245,18 +247,16 @@ def test_damaged_images_are_named_and_left_out(maps: Maps, photos: Path, tmp_pat
 def test_scores_that_half_precision_cannot_hold_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Huge:
-        def attribute_patches(self, inputs: Any, target: Any) -> torch.Tensor:
-            return torch.full((len(inputs), 1, 8, 8), 1e6)
+    class Huge(PatchImportance):
+        def image_maps(self, done: Any, index: Any) -> torch.Tensor:
+            return torch.full((*index.shape, 64), 1e6)
 
     from captum_classemb.data import open_dataset
-    from captum_classemb.explain import maps as module
 
     model = demo_vit()
     data = open_dataset("scenes", Preprocess.of_model(model), labelled=False)
-    kind = module.METHODS["patch-importance"]
-    huge = type(kind)(kind.title, kind.caption, lambda _: Huge(), {})
-    monkeypatch.setitem(module.METHODS, "patch-importance", huge)
+    huge = replace(METHODS["patch-importance"], build=Huge)
+    monkeypatch.setitem(METHODS, "patch-importance", huge)
     options = MapOptions(limit=2, progress=False)
     with pytest.raises(InputError, match="too large or too small for float16"):
         write_maps(adapt(model), "demo_vit", data, tmp_path / "out", options)

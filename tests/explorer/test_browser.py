@@ -112,10 +112,10 @@ def test_it_says_what_it_shows(tab: Any) -> None:
 @pytest.mark.parametrize(
     ("title", "method"),
     [
-        ("Importance", PatchImportance),
-        ("Gradient", ClassEmbeddingGradient),
-        ("Memory", MemoryPatchImportance),
-        ("Projection", ClassEmbeddingProjection),
+        ("patch-importance", PatchImportance),
+        ("class-embedding-gradient", ClassEmbeddingGradient),
+        ("memory-patch-importance", MemoryPatchImportance),
+        ("class-embedding-projection", ClassEmbeddingProjection),
     ],
 )
 def test_scores_are_those_of_the_library(
@@ -202,13 +202,18 @@ def test_class_search(tab: Any) -> None:
 
 def test_methods_differ_and_say_which_they_are(tab: Any) -> None:
     pictures = set()
-    for title in ("Importance", "Projection", "Gradient", "Memory"):
+    for title in (
+        "patch-importance",
+        "class-embedding-projection",
+        "class-embedding-gradient",
+        "memory-patch-importance",
+    ):
         choose(tab, title)
         chosen = tab.locator("#methods [aria-checked=true]").inner_text()
         assert chosen == title
         pictures.add(picture(tab))
     assert len(pictures) == 4
-    choose(tab, "Projection")
+    choose(tab, "class-embedding-projection")
     drag(tab, 1)
     assert tab.is_disabled("#head")
 

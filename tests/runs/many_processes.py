@@ -1,6 +1,6 @@
 """All studies over fewer batches than there are processes; with torchrun, or alone.
 
-Arguments: where results go, and a folder of checkpoints.
+Arguments: where results go, a folder of checkpoints, and which studies.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ OPTIONS = {
 IMAGES = 4
 
 
-def main(output: Path, checkpoints: Path) -> None:
+def main(output: Path, checkpoints: Path, names: list[str]) -> None:
     """Run studies of the packaged model over four scenes, in one batch."""
     torch.manual_seed(0)
     model = demo_vit()
-    for name, study in all_studies().items():
+    for name in names:
+        study = all_studies()[name]
         subject = StudyConfig(model, "demo_vit", random_model=demo_vit)
         options = dict(OPTIONS.get(name, {}))
         if name == "trajectory":
@@ -43,4 +44,4 @@ def main(output: Path, checkpoints: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

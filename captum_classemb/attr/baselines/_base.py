@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +9,11 @@ import torch
 from torch import Tensor
 
 from captum_classemb.attr._base import PatchAttribution
+from captum_classemb.attr._forward_pass import run
 from captum_classemb.attr._inputs import forward_args, images
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.precision import upcast
+from captum_classemb.vit.memories import ForwardPass
 
 __all__ = ["Baseline", "pooled_rows"]
 
@@ -31,9 +32,23 @@ class Baseline(PatchAttribution):
             scores = self._token_scores(pixels, self._targets(target, pixels), args)
         return self._to_grid(scores[:, None], pixels)
 
-    @abstractmethod
     def _token_scores(self, pixels: Tensor, target: Tensor, args: tuple[Any, ...]) -> Tensor:
         """Scores of all tokens, prefix tokens included: B×N."""
+        needs = self.needs()
+        assert needs is not None
+        done = run(self.vit, needs, pixels, args)
+        scores = self._recorded_scores(done, target)
+        done.checks.finish()
+        return scores
+
+    def _recorded_scores(self, done: ForwardPass, target: Tensor) -> Tensor:
+        """The same from a recorded forward pass, for a method that reads one."""
+        raise NotImplementedError
+
+    def image_maps(self, done: ForwardPass, index: Tensor) -> Tensor:
+        with torch.inference_mode(False):
+            each = [self._recorded_scores(done, column) for column in index.unbind(1)]
+            return torch.stack(each, 1)[..., self.vit.prefix_tokens :]
 
     def attribute_classes(
         self,

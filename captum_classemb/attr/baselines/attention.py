@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
+from captum_classemb.attr._forward_pass import Needs
 from captum_classemb.attr.baselines._base import Baseline, pooled_rows
 from captum_classemb.errors import UnsupportedModelError
-from captum_classemb.vit import record
+from captum_classemb.vit import ALL
+from captum_classemb.vit.memories import ForwardPass
 
 __all__ = ["AttentionRollout", "RawAttention"]
 
@@ -35,11 +35,16 @@ class RawAttention(Baseline):
         super().__init__(model)
         self.rows = pooled_rows(self)
 
-    def _token_scores(self, pixels: Tensor, target: Tensor, args: tuple[Any, ...]) -> Tensor:
+    def needs(self) -> Needs:
         last = len(self.vit.blocks) - 1
-        sites = {"attention": self.rows}
-        recording = record(self.vit, pixels, sites, blocks=[last], forward_args=args)
-        return torch.cat(recording["attention"][last], 1).mean((1, 2))
+        return Needs(self.rows, (), sites={"attention": self.rows}, site_blocks=(last,))
+
+    def _recorded_scores(self, done: ForwardPass, target: Tensor) -> Tensor:
+        assert done.recording is not None
+        attention = torch.cat(done.recording["attention"][-1], 1)
+        # Another method may have asked for all rows.
+        every = attention.shape[2] == attention.shape[3]
+        return (attention[:, :, self.rows] if every else attention).mean((1, 2))
 
 
 class AttentionRollout(Baseline):
@@ -65,8 +70,12 @@ class AttentionRollout(Baseline):
         super().__init__(model)
         self.rows = pooled_rows(self)
 
-    def _token_scores(self, pixels: Tensor, target: Tensor, args: tuple[Any, ...]) -> Tensor:
-        attention = record(self.vit, pixels, ["attention"], forward_args=args)["attention"]
+    def needs(self) -> Needs:
+        return Needs(self.rows, (), sites={"attention": ALL})
+
+    def _recorded_scores(self, done: ForwardPass, target: Tensor) -> Tensor:
+        assert done.recording is not None
+        attention = done.recording["attention"]
         carried: Tensor | None = None
         # From the last block down, only the rows that are read have to be carried.
         for block in reversed(attention):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
+from captum_classemb.attr._forward_pass import Needs, any_rows
 from captum_classemb.attr.baselines._base import Baseline
 from captum_classemb.errors import InputError
 from captum_classemb.functional.identifiability import identifiability
 from captum_classemb.readout import LinearProbe
-from captum_classemb.vit import record
+from captum_classemb.vit import ALL
+from captum_classemb.vit.memories import ForwardPass
 
 __all__ = ["LinearProbeImportance"]
 
@@ -52,8 +52,13 @@ class LinearProbeImportance(Baseline):
                 "the probe was fitted to no output of a block: fit it with the site resid_post."
             )
 
-    def _token_scores(self, pixels: Tensor, target: Tensor, args: tuple[Any, ...]) -> Tensor:
-        recording = record(self.vit, pixels, ["resid_post"], blocks=self.blocks, forward_args=args)
+    def needs(self) -> Needs:
+        blocks = tuple(self.blocks)
+        return Needs(any_rows(self.vit), (), sites={"resid_post": ALL}, site_blocks=blocks)
+
+    def _recorded_scores(self, done: ForwardPass, target: Tensor) -> Tensor:
+        recording = done.recording
+        assert recording is not None
         total = torch.zeros(())
         with torch.no_grad():
             for block in self.blocks:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classemb.attr import METHODS, PatchAttribution
+from captum_classemb.attr.together import SharedPass
 from captum_classemb.data import OBJECT
 from captum_classemb.errors import InputError
 from captum_classemb.evaluation import BoxLocalisation, RemovalCurve
@@ -19,8 +20,7 @@ from captum_classemb.evaluation.areas import area
 from captum_classemb.evaluation.bootstrap import bootstrap_mean
 from captum_classemb.evaluation.removal_curves import Perturbation
 from captum_classemb.evaluation.removal_order import MEASURES
-from captum_classemb.models.readouts import open_readout
-from captum_classemb.readout import LinearProbe
+from captum_classemb.readout import LinearProbe, load_readout
 from captum_classemb.runs.batches import Batch
 from captum_classemb.runs.config import StudyConfig
 from captum_classemb.runs.registry import register_study
@@ -145,7 +145,7 @@ class FaithfulnessStudy(ModelStudy):
                 f"the probe {path} is read by no method that was chosen: add {_BY_PROBE} to the "
                 "methods, or leave it out."
             )
-        probe = open_readout(path, self.vit.readout)
+        probe = load_readout(path, self.vit.readout)
         if not isinstance(probe, LinearProbe):
             raise InputError(
                 f"{path} holds a {type(probe).__name__}: the method {_BY_PROBE} needs linear "
@@ -167,9 +167,11 @@ class FaithfulnessStudy(ModelStudy):
         return super().passes(data, images)
 
     def update(self, batch: Batch) -> None:
-        for method, attribution in self.attributions.items():
-            patches = attribution.attribute_patches(batch.images, batch.labels)
-            maps = patches.flatten(1, -3).sum(1)
+        shared = SharedPass(self.vit, list(self.attributions.values()), batch.images)
+        index = batch.labels[:, None]
+        each = {name: shared.maps(m, index)[:, 0] for name, m in self.attributions.items()}
+        shared.finish()
+        for method, maps in each.items():
             curve: Any = self.metrics[f"curve {method}"]
             curve.update(batch.images, maps, batch.labels)
             if batch.masks is None:
