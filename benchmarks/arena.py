@@ -37,7 +37,8 @@ from tqdm import tqdm
 
 from captum_classemb.data import Preprocess, open_dataset
 from captum_classemb.data.scenes import Scenes
-from captum_classemb.evaluation import BoxLocalisation, MaskLocalisation, removal_curves
+from captum_classemb.evaluation import BoxLocalisation, MaskLocalisation
+from captum_classemb.evaluation.removal_curves import removal_curves
 from captum_classemb.models import demo_vit, load_model
 from captum_classemb.vit import ViT, adapt
 

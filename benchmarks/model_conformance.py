@@ -30,7 +30,8 @@ from tqdm import tqdm
 from captum_classemb import ClassEmbeddingGradient, MemoryPatchImportance, __version__
 from captum_classemb.errors import ClassEmbError
 from captum_classemb.readout import OutputPath
-from captum_classemb.vit import ALL, adapt, identities, record
+from captum_classemb.vit import adapt, identities, record
+from captum_classemb.vit.record import ALL
 
 PLAIN = (
     "vision_transformer",

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from captum_classemb.evaluation import removal_curves
 from captum_classemb.evaluation.areas import removal_counts
+from captum_classemb.evaluation.removal_curves import removal_curves
 from captum_classemb.evaluation.removal_order import outcomes, removal_order
 from captum_classemb.models import load_model
 from captum_classemb.vit import ViT, adapt

@@ -53,7 +53,7 @@ print(f"{file.name if hasattr(file, 'name') else file}: “{names[target]}”")
 # memories for classes.
 
 # %%
-from captum_classemb.studies.memories.value_vectors import value_classes
+from captum_classemb.readout import read_vectors
 
 random_model = load_model(name, random_init=True, seed=1)
 
@@ -61,9 +61,10 @@ random_model = load_model(name, random_init=True, seed=1)
 def agreement(model):
     """For the MLP of every block: the best cosine of every class, L×C."""
     layers = []
-    for block in adapt(model).blocks:
+    vit = adapt(model)
+    for block in vit.blocks:
         values = torch.cat([mlp.fc2.weight.detach().T for mlp in block.mlps])
-        layers.append(value_classes(model.head.weight.detach(), values).agreement)
+        layers.append(read_vectors(values, vit.readout).agreement)
     return torch.stack(layers)
 
 
@@ -90,7 +91,7 @@ from captum_classemb.studies.memories.value_vectors import keys_agree
 coefficients = record(vit, inputs, ["mlp_coefficients"])["mlp_coefficients"]
 shares = []
 for block, active in zip(vit.blocks, coefficients, strict=True):
-    best = value_classes(model.head.weight.detach(), block.mlps[0].fc2.weight.detach().T, k=2)
+    best = read_vectors(block.mlps[0].fc2.weight.detach().T, vit.readout, k=2)
     strongest = active[0].topk(5, dim=-1).indices
     patches = slice(vit.prefix_tokens, None)
     every = [
@@ -184,7 +185,7 @@ print("block  unit   brings   its value vector stands for")
 for place in places:
     block, unit = divmod(place, by_memory.shape[1])
     value = vit.blocks[block].mlps[0].fc2.weight.detach()[:, unit]
-    best = (model.head.weight.detach() @ value).topk(3).indices.tolist()
+    best = read_vectors(value[None], vit.readout, k=3).classes[0].tolist()
     classes = ", ".join(names[i] for i in best)
     print(f"{block:>5}{unit:>6}{by_memory[block, unit]:>+9.2f}   {classes}")
 
@@ -201,3 +202,49 @@ axis.set(xlabel="memories, largest first", ylabel="sum of their terms", xscale="
 axis.set_title(f"The MLP of block {int(by_memory.sum(1).argmax())}")
 axis.spines[["top", "right"]].set_visible(False)
 plt.show()
+
+# %% [markdown]
+# ## Any other vectors
+#
+# `read_vectors` takes any directions of the residual stream: those of probes, or the decoder rows
+# of a sparse autoencoder. Here a small one (the 16 most active features of a token rebuild it)
+# learns 256 features of the tokens that leave the last block but one, and each is read.
+
+# %%
+from captum_classemb.data import open_dataset
+
+data = open_dataset(os.environ.get("CLASSEMB_DATA", "scenes"), preprocess, None, len(names))
+count = min(len(data), 200 if name == "demo_vit" else 20)
+some = torch.stack([data[i * len(data) // count].image for i in range(count)])
+tokens = record(vit, some, ["resid_post"])["resid_post"][-2][:, vit.prefix_tokens :].flatten(0, 1)
+mean, size = tokens.mean(0), tokens.std()
+tokens = (tokens - mean) / size
+
+generator = torch.Generator().manual_seed(0)
+decoder = torch.randn(256, tokens.shape[1], generator=generator)
+decoder = (decoder / decoder.norm(dim=1, keepdim=True)).requires_grad_()
+encoder = decoder.detach().T.clone().requires_grad_()
+optimiser = torch.optim.Adam([encoder, decoder], lr=2e-3)
+
+
+def features_of(x):
+    active, places = (x @ encoder).relu().topk(16, dim=-1)
+    return torch.zeros(len(x), 256).scatter(1, places, active)
+
+
+for _ in range(400):
+    x = tokens[torch.randint(len(tokens), (512,), generator=generator)]
+    loss = (features_of(x) @ decoder - x).square().mean()
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+
+with torch.no_grad():
+    features = features_of(tokens)
+    explained = 1 - (features @ decoder - tokens).square().mean() / tokens.square().mean()
+read = read_vectors(decoder.detach(), vit.readout, k=2)
+print(f"explained variance {explained:.2f}\n\nfeature  active in  its decoder row stands for")
+for feature in read.logits[:, 0].topk(6).indices.tolist():
+    share = (features[:, feature] > 0).float().mean()
+    classes = ", ".join(names[i] for i in read.classes[feature].tolist())
+    print(f"{feature:>7}{share:>10.1%}   {classes}")

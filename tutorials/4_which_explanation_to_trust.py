@@ -94,19 +94,20 @@ plt.show()
 # leave the sequence, so the model never sees a grey square.
 
 # %%
-from captum_classemb.evaluation import removal_curves
+from captum_classemb.evaluation import RemovalCurves
 
-curves = {
-    title: removal_curves(model, images, values, labels, steps=10) for title, values in maps.items()
-}
+removal = {title: RemovalCurves(steps=10) for title in maps}
+for title, metric in removal.items():
+    metric.update(model, images, maps[title], labels)
 okabe = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A"]
 colors = dict(zip(maps, okabe, strict=True))
 figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.1), sharey=True, layout="constrained")
 for order, (axis, title) in enumerate(
     zip(axes, ("least important first", "most important first"), strict=True)
 ):
-    for method, curve in curves.items():
-        share = curve.removed / maps["Memory"][0].numel()
+    for method, metric in removal.items():
+        curve = metric.curves()
+        share = curve.removed / curve.patches
         accuracy = curve.values[:, order, :, 0].mean(0)
         axis.plot(share, accuracy, color=colors[method], label=method, linewidth=1.8)
     axis.set(title=title, xlabel="share of patches removed", ylim=(0, 1.03))
@@ -121,12 +122,7 @@ plt.show()
 # %%
 from captum_classemb.evaluation.bootstrap import bootstrap_mean
 
-steps = curves["random"].removed.double()
-steps = steps / steps[-1]
-gaps = {}
-for method, curve in curves.items():
-    both = torch.trapezoid(curve.values[..., 0].double(), steps)  # B×2: negative, positive
-    gaps[method] = bootstrap_mean(both[:, 0] - both[:, 1])
+gaps = {m: bootstrap_mean(metric.images()["accuracy/gap"]) for m, metric in removal.items()}
 for method, gap in sorted(gaps.items(), key=lambda item: -item[1].mean):
     print(f"{method:<16} gap {gap.mean:+.3f}  [{gap.low:+.3f}, {gap.high:+.3f}]")
 

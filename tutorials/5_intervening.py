@@ -12,8 +12,9 @@
 # # 5. Intervening
 #
 # A map says what a prediction seems to rest on. Whether it does is seen by taking it away: cut
-# attention between tokens, switch off heads and neurons, remove patches, and read again (Vilas et
-# al. 2023, §4.2). Every edit lasts for a `with` block; the model is left as it was.
+# attention between tokens, switch off heads and neurons, put in activations of another image,
+# remove patches, and read again (Vilas et al. 2023, §4.2). Every edit lasts for a `with` block; the
+# model is left as it was.
 
 # %%
 import os
@@ -25,6 +26,8 @@ from captum_classemb import MemoryPatchImportance
 from captum_classemb.data import Preprocess, data_config, open_dataset, patch_mask
 from captum_classemb.edit.ablation import ablate_heads, ablate_memories
 from captum_classemb.edit.knock_out import knock_out, no_cls, self_only
+from captum_classemb.edit.patching import patch_activations
+from captum_classemb.edit.sweep import patching_sweep
 from captum_classemb.edit.token_removal import remove_tokens
 from captum_classemb.functional.identifiability import identifiability
 from captum_classemb.models import class_names, load_model
@@ -178,6 +181,77 @@ axis.set(xlabel="neurons switched off", ylabel="mean log p of the correct class"
 axis.spines[["top", "right"]].set_visible(False)
 axis.legend(frameon=False, loc="lower left")
 plt.show()
+
+# %% [markdown]
+# ## Put another image's activations in place
+#
+# Two images of different classes. The model runs on the second, and gets single activations of the
+# first: where does that bring the first one's class back (*denoising*)? The other way round, where
+# does one activation of the second destroy it (*noising*)? What is read is the difference of their
+# logits, 0 for the image that is run and 1 for the one whose activations are put in. A sweep runs
+# blocks × tokens, or blocks × heads, as batches; the other image's pass is computed once.
+
+# %%
+first_of = {int(label): i for i, label in reversed(list(enumerate(labels)))}
+pair = list(first_of.values())[:2]
+clean, corrupted = images[pair[:1]], images[pair[1:]]
+
+
+def difference(pixels, which=None):
+    """Logit of the clean image's class minus that of the corrupted one's."""
+    logits = vit(pixels)
+    return logits[:, labels[pair[0]]] - logits[:, labels[pair[1]]]
+
+
+def share(run, source, site, **options):
+    """How far patches bring the difference from the image that is run to the other."""
+    patched = patching_sweep(vit, run, source, site, read=difference, **options)[:, :, 0]
+    with torch.no_grad():
+        start, end = difference(run), difference(source)
+    return (patched - start) / (end - start)
+
+
+found = {
+    "denoising": share(corrupted, clean, "resid_pre"),
+    "noising": share(clean, corrupted, "resid_pre"),
+}
+shown = [round(i * (len(vit.blocks) - 1) / 3) for i in range(4)]
+figure, axes = plt.subplots(2, 5, figsize=(9.4, 4), layout="constrained")
+for line, (direction, by_token) in zip(axes, found.items(), strict=True):
+    limit = by_token[..., first:].abs().max()
+    pixels = (clean if direction == "denoising" else corrupted)[0].permute(1, 2, 0)
+    line[0].imshow(pixels * torch.tensor(transform.std) + torch.tensor(transform.mean))
+    line[0].set(xticks=[], yticks=[], ylabel=direction, title="activations of")
+    for axis, block in zip(line[1:], shown, strict=True):
+        patches = by_token[block, first:].unflatten(0, grid)
+        picture = axis.imshow(patches, cmap="PuOr_r", vmin=-limit, vmax=limit)
+        axis.set(xticks=[], yticks=[], title=f"entering block {block}")
+    figure.colorbar(picture, ax=line, label="share of the difference")
+plt.show()
+if first:
+    print("CLS alone, entering each block:", found["denoising"][:, 0].numpy().round(2))
+
+# %% [markdown]
+# Early on a few patches of the object do the most, and none does it alone; entering the last block,
+# what CLS has gathered does. Which heads bring it there? `patch_activations` is one patch, for
+# whatever runs inside it: here all patches of the object, read by class identifiability.
+
+# %%
+heads_found = share(corrupted, clean, "attn_coefficients", over="heads")
+figure, axis = plt.subplots(figsize=(3.8, 2.8), layout="constrained")
+limit = heads_found.abs().max()
+picture = axis.imshow(heads_found, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto")
+axis.set(xlabel="head", ylabel="block", xticks=range(heads_found.shape[1]), title="denoising")
+figure.colorbar(picture, ax=axis, label="share of the difference")
+plt.show()
+
+inside = torch.cat([torch.zeros(1, first, dtype=torch.bool), on_object[pair[:1]]], 1)
+for block in shown:
+    with patch_activations(vit, "resid_pre", clean, blocks=[block], tokens=inside):
+        hidden = record(vit, corrupted, ["resid_post"])["resid_post"][-1]
+    with torch.no_grad():
+        rate = identifiability(vit.readout.project(hidden), labels[pair[:1], None]).mean()
+    print(f"the clean object put in at block {block}: its class is identifiable by {rate:.2f}")
 
 # %% [markdown]
 # ## Remove tokens

@@ -19,7 +19,8 @@ from captum_classemb.errors import InputError
 from captum_classemb.functional.memories import memory_contributions
 from captum_classemb.functional.precision import no_autocast
 from captum_classemb.readout import Linear, OutputPath, Readout
-from captum_classemb.vit import ALL, ViT, adapt, record, record_module
+from captum_classemb.vit import ViT, adapt, record
+from captum_classemb.vit.record import ALL, record_module
 
 __all__ = ["LayerClassEmbeddingProjection", "LayerMemoryContribution"]
 

@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import Metric
 
 from captum_classemb.edit import remove_tokens
 from captum_classemb.edit.tokens import keep_tokens, removable_tokens, run_blocks
 from captum_classemb.errors import InputError, UnsupportedModelError
-from captum_classemb.evaluation.areas import area, removal_counts
-from captum_classemb.evaluation.removal_order import MEASURES, outcomes, patch_sums, removal_order
+from captum_classemb.evaluation.areas import removal_counts
+from captum_classemb.evaluation.removal_order import outcomes, patch_sums, removal_order
 from captum_classemb.functional.grid import tile
 from captum_classemb.vit import ViT, adapt, record
 
 Perturbation = Literal["tokens", "mean", "blur"]
 
 
-class RemovalCurves(NamedTuple):
+class Curves(NamedTuple):
     """The curves of a batch of images.
 
     ``values[b, o, s, m]`` is the measure m (accuracy, probability, logit of the target) of image b
     when ``removed[s]`` patches are gone, least important first (o = 0, negative) or most important
-    first (o = 1, positive).
+    first (o = 1, positive). ``patches`` is T, the number of patches of an image.
     """
 
     removed: Tensor
     values: Tensor
+    patches: int
 
 
 def removal_curves(
@@ -41,7 +41,7 @@ def removal_curves(
     *,
     steps: int = 20,
     perturbation: Perturbation = "tokens",
-) -> RemovalCurves:
+) -> Curves:
     """Remove patches in the order of a map and in its reverse.
 
     ``"tokens"`` takes the patches out of the sequence after position embeddings are added: the
@@ -102,7 +102,7 @@ def removal_curves(
             logits = _without_pixels(vit, inputs, fill, order, removed, grid)
         both = torch.cat([target, target])
         points = [outcomes(at, both).unflatten(0, (2, len(target))) for at in logits]
-    return RemovalCurves(removed, torch.stack(points, 2).transpose(0, 1).float())
+    return Curves(removed, torch.stack(points, 2).transpose(0, 1).float(), order.shape[1])
 
 
 def _kept(order: Tensor, removed: Tensor) -> Iterator[Tensor]:
@@ -173,87 +173,3 @@ def _fill(inputs: Tensor, perturbation: Perturbation, patch_size: tuple[int, int
         weight = kernel.view(shape).repeat(inputs.shape[1], 1, 1, 1)
         blurred = F.conv2d(F.pad(blurred, pad, mode="reflect"), weight, groups=inputs.shape[1])
     return blurred
-
-
-class RemovalCurve(Metric):
-    """Areas under the removal curves of a method's maps, gathered over batches.
-
-    Args:
-        model: a supported Vision Transformer.
-        steps: as for :func:`removal_curves`.
-        perturbation: as for :func:`removal_curves`.
-        kwargs: further arguments of ``torchmetrics.Metric``.
-
-    Examples:
-        >>> from captum_classemb.models import demo_vit
-        >>> metric = RemovalCurve(demo_vit(), steps=4)
-        >>> metric.update(torch.rand(2, 3, 64, 64), torch.rand(2, 8, 8), torch.tensor([3, 4]))
-        >>> 0 <= float(metric.compute()["accuracy/negative"]) <= 1
-        True
-    """
-
-    full_state_update = False
-    values: list[Tensor]
-    removed: Tensor
-    patches: Tensor
-
-    def __init__(
-        self,
-        model: nn.Module,
-        steps: int = 20,
-        perturbation: Perturbation = "tokens",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        # In a tuple, so that moving or saving the metric leaves the user's model alone.
-        self._model = (model,)
-        self.steps = steps
-        self.perturbation: Perturbation = perturbation
-        self.add_state("values", [], dist_reduce_fx="cat")
-        self.add_state("patches", torch.tensor(0), dist_reduce_fx="max")
-        self.add_state("removed", torch.zeros(steps + 1, dtype=torch.int64), dist_reduce_fx="max")
-
-    def update(self, inputs: Tensor, maps: Tensor, target: Tensor) -> None:
-        """Add a batch: images B×3×H×W, maps B×h×w or of the inputs' shape, targets B."""
-        curves = removal_curves(
-            self._model[0],
-            inputs,
-            maps,
-            target,
-            steps=self.steps,
-            perturbation=self.perturbation,
-        )
-        removed = curves.removed.to(self.removed.device)
-        if self.values and not torch.equal(self.removed, removed):
-            raise InputError("all images of one removal curve need the same number of patches.")
-        h, w = adapt(self._model[0]).grid((inputs.shape[2], inputs.shape[3]))
-        self.patches = torch.tensor(h * w, device=self.removed.device)
-        self.removed = removed
-        self.values.append(curves.values)
-
-    def curves(self) -> RemovalCurves:
-        """The curves of all images so far."""
-        if isinstance(self.values, Tensor):
-            return RemovalCurves(self.removed, self.values)
-        return RemovalCurves(self.removed, torch.cat(self.values))
-
-    def compute(self) -> dict[str, Tensor]:
-        """Areas in both conventions, of the curves averaged over images.
-
-        Returns:
-            for each measure m (``"accuracy"``, ``"probability"``, ``"logit"``) the trapezoid areas
-            ``"m/negative"``, ``"m/positive"`` and their difference ``"m/gap"``; for accuracy and
-            probability also ``"m/paper_negative"`` and ``"m/paper_positive"``.
-        """
-        removed, values = self.curves()
-        mean, patches = values.double().mean(0), int(self.patches)
-        result = {}
-        for index, measure in enumerate(MEASURES):
-            negative, positive = area(removed, mean[..., index], patches, "trapezoid")
-            result[f"{measure}/negative"], result[f"{measure}/positive"] = negative, positive
-            result[f"{measure}/gap"] = negative - positive
-            if measure != "logit":
-                published = area(removed, mean[..., index], patches, "paper")
-                result[f"{measure}/paper_negative"] = published[0]
-                result[f"{measure}/paper_positive"] = published[1]
-        return result

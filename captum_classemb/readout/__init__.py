@@ -14,6 +14,7 @@ from captum_classemb.readout.probe import LinearProbe, ProbeHeads
 from captum_classemb.readout.steps import Gate, LayerScale, Scale, Step
 from captum_classemb.readout.text import TextEmbedding
 from captum_classemb.readout.tuned import Translator, TunedLens
+from captum_classemb.readout.vectors import read_vectors
 
 __all__ = [
     "Activation",
@@ -36,5 +37,6 @@ __all__ = [
     "Translator",
     "TunedLens",
     "load_readout",
+    "read_vectors",
     "save_readout",
 ]

@@ -2,11 +2,10 @@
 
 from captum_classemb.vit.adapt import adapt, register_adapter, supported_families
 from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT, split_heads
-from captum_classemb.vit.record import ALL, SITES, Recording, record, record_module
+from captum_classemb.vit.record import SITES, Recording, record
 from captum_classemb.vit.verify import identities, verify
 
 __all__ = [
-    "ALL",
     "MLP",
     "SITES",
     "Attention",
@@ -17,7 +16,6 @@ __all__ = [
     "adapt",
     "identities",
     "record",
-    "record_module",
     "register_adapter",
     "split_heads",
     "supported_families",

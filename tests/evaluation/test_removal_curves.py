@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from captum_classemb.edit import remove_tokens
 from captum_classemb.errors import InputError, UnsupportedModelError
-from captum_classemb.evaluation.removal_curves import RemovalCurve, removal_curves
+from captum_classemb.evaluation import RemovalCurves
+from captum_classemb.evaluation.removal_curves import removal_curves
 from captum_classemb.evaluation.removal_order import outcomes, removal_order
 from captum_classemb.functional.grid import spread, tile
 from captum_classemb.vit import adapt
@@ -131,8 +132,8 @@ def test_an_oracle_is_near_the_top_its_reverse_near_the_bottom_and_chance_betwee
     rng = torch.Generator().manual_seed(0)
 
     def gap(scores: Tensor) -> float:
-        metric = RemovalCurve(vit, steps=15)
-        metric.update(images, scores, target)
+        metric = RemovalCurves(steps=15)
+        metric.update(vit, images, scores, target)
         return float(metric.compute()["probability/gap"])
 
     oracle = gap(evidence)
@@ -144,9 +145,9 @@ def test_an_oracle_is_near_the_top_its_reverse_near_the_bottom_and_chance_betwee
 def test_the_metric_averages_curves_before_it_takes_areas() -> None:
     vit = model()
     images, scores, target = batch()
-    metric = RemovalCurve(vit, steps=16)
-    metric.update(images[:1], scores[:1], target[:1])
-    metric.update(images[1:], spread(scores[1:], (32, 32), 3), target[1:])
+    metric = RemovalCurves(steps=16)
+    metric.update(vit, images[:1], scores[:1], target[:1])
+    metric.update(vit, images[1:], spread(scores[1:], (32, 32), 3), target[1:])
     curves = removal_curves(vit, images, scores, target, steps=16)
     assert torch.allclose(metric.curves().values, curves.values, atol=1e-6)
     accuracy = curves.values[..., 0].mean(0)
@@ -154,17 +155,35 @@ def test_the_metric_averages_curves_before_it_takes_areas() -> None:
     found = metric.compute()
     assert found["accuracy/negative"].item() == pytest.approx(expected[0])
     assert found["accuracy/gap"].item() == pytest.approx(expected[0] - expected[1])
+    by_image = metric.images()["accuracy/gap"]
+    each = torch.trapezoid(curves.values[..., 0].double(), dx=1 / 16, dim=-1)
+    torch.testing.assert_close(by_image, each[:, 0] - each[:, 1], atol=1e-6, rtol=0)
     inner = curves.values[..., 1].double().mean(0)[0, 1:16]
     published = inner.sum() / (16 * inner.max())
     assert found["probability/paper_negative"].item() == pytest.approx(published.item())
+
+
+def test_the_plot_shows_both_orders() -> None:
+    images, scores, target = batch()
+    metric = RemovalCurves(steps=8)
+    metric.update(model(), images, scores, target)
+    figure, axis = metric.plot(measure="probability")
+    mean = metric.curves().values[..., 1].mean(0)
+    lines = [line for line in axis.lines if line.get_label()[0] != "_"]
+    for line, expected in zip(lines, mean, strict=True):
+        assert line.get_ydata() == pytest.approx(expected.tolist(), abs=1e-6)
+        assert line.get_xdata() == pytest.approx([i / 8 for i in range(9)])
+    assert metric.plot(axis)[0] is figure
+    with pytest.raises(InputError, match="accuracy, probability, logit"):
+        metric.plot(measure="loss")
 
 
 def test_the_metric_pickles_resets_and_leaves_the_model_alone() -> None:
     vit = model()
     before = copy.deepcopy(vit.state_dict())
     images, scores, target = batch()
-    metric = RemovalCurve(vit, steps=2, perturbation="mean")
-    metric.update(images, scores, target)
+    metric = RemovalCurves(steps=2, perturbation="mean")
+    metric.update(vit, images, scores, target)
     again = pickle.loads(pickle.dumps(metric))
     assert again.compute() == metric.compute()
     assert not metric.state_dict()

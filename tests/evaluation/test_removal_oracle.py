@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from captum_classemb.evaluation import MaskLocalisation, RemovalCurve
+from captum_classemb.evaluation import MaskLocalisation, RemovalCurves
 from captum_classemb.evaluation.removal_order import patch_sums
 from captum_classemb.models import demo_vit
 
@@ -24,8 +24,8 @@ def scenes() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def areas(images: Tensor, labels: Tensor, maps: Tensor) -> dict[str, float]:
-    metric = RemovalCurve(demo_vit(), steps=16)
-    metric.update(images, maps, labels)
+    metric = RemovalCurves(steps=16)
+    metric.update(demo_vit(), images, maps, labels)
     return {name: float(value) for name, value in metric.compute().items()}
 
 

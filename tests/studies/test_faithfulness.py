@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from captum_classemb.attr.baselines import CheferRelevance
 from captum_classemb.cli import cli
 from captum_classemb.errors import CheckpointError, InputError, OutputError
-from captum_classemb.evaluation import BoxLocalisation, RemovalCurve
+from captum_classemb.evaluation import BoxLocalisation, RemovalCurves
 from captum_classemb.readout import (
     LinearProbe,
     ProbeHeads,
@@ -107,8 +107,8 @@ def test_the_study_is_known_and_measures_what_the_metrics_measure(tmp_path: Path
     samples = [Boxes()[i] for i in range(IMAGES)]
     images, labels = torch.stack([s.image for s in samples]), torch.tensor(Boxes().labels)
     maps = CheferRelevance(model()).attribute_patches(images, labels)[:, 0]
-    metric = RemovalCurve(model(), steps=4)
-    metric.update(images, maps, labels)
+    metric = RemovalCurves(steps=4)
+    metric.update(model(), images, maps, labels)
     for name, value in metric.compute().items():
         if "paper" not in name:
             (row,) = select(result.tables["areas"], metric=f"chefer/{name}")
@@ -147,11 +147,11 @@ def test_probes_order_patches_by_the_class_they_read(tmp_path: Path, positions: 
         StudyConfig(model(), "small"), ["linear-probe", "rollout"], 4, probe=tmp_path / "probe"
     )
     result = run_study(study, Boxes(), tmp_path / "out", OPTIONS)
-    metric = RemovalCurve(model(), steps=4)
+    metric = RemovalCurves(steps=4)
     maps = summed_identifiability(probe)
     # Random probes rank the label of most patches differently: the order is not one of ties.
     assert maps.unique().numel() > CLASSES
-    metric.update(whole()[0], maps, whole()[1])
+    metric.update(model(), whole()[0], maps, whole()[1])
     for name, value in metric.compute().items():
         if "paper" not in name:
             (row,) = select(result.tables["areas"], metric=f"linear-probe/{name}")

@@ -6,36 +6,17 @@ import pytest
 import torch
 from scipy.stats import wilcoxon
 
-from captum_classemb.errors import InputError
-from captum_classemb.studies.memories import value_vectors
+from captum_classemb.readout import read_vectors
 from captum_classemb.studies.memories.metric import (
     ClassValueAgreement,
     KeyValueAgreement,
     MemoryCompositionality,
     random_classes,
 )
-from captum_classemb.studies.memories.value_vectors import (
-    compositional,
-    keys_agree,
-    value_classes,
-)
+from captum_classemb.studies.memories.value_vectors import compositional, keys_agree
 from captum_classemb.studies.token_groups import membership
 
 C, D, M, K = 9, 6, 20, 3
-
-
-@pytest.mark.parametrize("chunk", [1 << 24, 4 * C])
-def test_value_classes_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(value_vectors, "_CHUNK", chunk)
-    embedding, values = torch.randn(C, D), torch.randn(M, D)
-    found = value_classes(embedding, values, K)
-    logits = embedding @ values.T
-    cosine = torch.nn.functional.cosine_similarity(embedding[:, None], values[None], dim=-1)
-    torch.testing.assert_close(found.agreement, cosine.amax(1))
-    assert torch.equal(found.best_classes, logits.T.topk(K).indices)
-    assert torch.equal(found.best_memories, logits.topk(K).indices)
-    with pytest.raises(InputError, match="best 10 of 9 classes and 20 memories"):
-        value_classes(embedding, values, 10)
 
 
 def test_agreement_and_compositionality_by_definition() -> None:
@@ -43,7 +24,7 @@ def test_agreement_and_compositionality_by_definition() -> None:
     embedding, values = torch.randn(C, D), torch.randn(M, D)
     strongest = torch.randn(batch, tokens, M).topk(K).indices
     target, top = torch.randint(0, C, (batch,)), torch.randint(0, C, (batch, tokens))
-    found = value_classes(embedding, values, K)
+    found = read_vectors(values, embedding, K)
     logits = embedding @ values.T
     corrected = keys_agree(strongest, found, target)
     paper = keys_agree(strongest, found, target, "paper")

@@ -132,8 +132,8 @@ def test_layer_scale_belongs_to_a_value_vector() -> None:
     moved = MemoriesStudy(StudyConfig(model, "small"))
     published = MemoriesStudy(StudyConfig(model, "small", variant="paper"))
     layer = DEPTH + 1
-    assert torch.equal(plain.values[layer].best_classes, moved.values[layer].best_classes)
-    assert not torch.equal(plain.values[layer].best_classes, published.values[layer].best_classes)
+    assert torch.equal(plain.values[layer].classes, moved.values[layer].classes)
+    assert not torch.equal(plain.values[layer].classes, published.values[layer].classes)
 
 
 @pytest.mark.parametrize("study", [IdentifiabilityStudy, MemoriesStudy])

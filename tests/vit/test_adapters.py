@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.readout import OutputPath
-from captum_classemb.vit import ALL, ViT, adapt, record, register_adapter
+from captum_classemb.vit import ViT, adapt, record, register_adapter
+from captum_classemb.vit.record import ALL
 
 
 @pytest.fixture(params=FAMILIES)

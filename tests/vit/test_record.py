@@ -11,7 +11,8 @@ from families import build, images, tiny
 from torch import Tensor, nn
 
 from captum_classemb.errors import InputError, UnsupportedModelError
-from captum_classemb.vit import ALL, SITES, ViT, adapt, record, record_module
+from captum_classemb.vit import SITES, ViT, adapt, record
+from captum_classemb.vit.record import ALL, record_module
 
 
 @pytest.fixture

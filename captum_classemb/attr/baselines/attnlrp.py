@@ -14,8 +14,9 @@ from captum_classemb.attr.baselines._base import Baseline
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.precision import upcast
 from captum_classemb.hooks import after, hooks_removed
-from captum_classemb.vit import ALL, ViT
+from captum_classemb.vit import ViT
 from captum_classemb.vit.backward import AttentionTape, watched
+from captum_classemb.vit.record import ALL
 
 __all__ = ["AttnLRP"]
 

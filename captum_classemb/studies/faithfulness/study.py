@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from captum_classemb.attr import METHODS, PatchAttribution
 from captum_classemb.attr.together import SharedPass
 from captum_classemb.data import OBJECT
 from captum_classemb.errors import InputError
-from captum_classemb.evaluation import BoxLocalisation, RemovalCurve
-from captum_classemb.evaluation.areas import area
+from captum_classemb.evaluation import BoxLocalisation, RemovalCurves
 from captum_classemb.evaluation.bootstrap import bootstrap_mean
 from captum_classemb.evaluation.removal_curves import Perturbation
+from captum_classemb.evaluation.removal_metric import SIDES
 from captum_classemb.evaluation.removal_order import MEASURES
 from captum_classemb.readout import LinearProbe, load_readout
 from captum_classemb.runs.batches import Batch
@@ -119,7 +119,7 @@ class FaithfulnessStudy(ModelStudy):
         self.attributions = {method: self._attribution(method) for method in self.methods}
         self.metrics = nn.ModuleDict()
         for method in self.methods:
-            self.metrics[f"curve {method}"] = RemovalCurve(self.vit, steps, perturbation)
+            self.metrics[f"curve {method}"] = RemovalCurves(steps, perturbation)
             self.metrics[f"place {method}"] = BoxLocalisation()
 
     def settings(self) -> dict[str, Any]:
@@ -173,7 +173,7 @@ class FaithfulnessStudy(ModelStudy):
         shared.finish()
         for method, maps in each.items():
             curve: Any = self.metrics[f"curve {method}"]
-            curve.update(batch.images, maps, batch.labels)
+            curve.update(self.vit, batch.images, maps, batch.labels)
             if batch.masks is None:
                 continue
             objects = batch.masks == OBJECT
@@ -186,10 +186,8 @@ class FaithfulnessStudy(ModelStudy):
         summary, curves = [], []
         for method in self.methods:
             metric: Any = self.metrics[f"curve {method}"]
-            areas = metric.compute()
-            removed, values = metric.curves()
-            summary += list(self._area_rows(method, areas, removed, values))
-            curves += list(self._curve_rows(method, removed, values))
+            summary += list(self._area_rows(method, metric))
+            curves += list(self._curve_rows(method, metric))
             place: Any = self.metrics[f"place {method}"]
             if len(place.rows):
                 counts = {k: int((~v.isnan()).sum()) for k, v in place.images().items()}
@@ -198,31 +196,27 @@ class FaithfulnessStudy(ModelStudy):
                     summary.append(self.row(f"{method}/{name}", value, n, _NOWHERE))
         return {"areas": summary, "curves": curves}
 
-    def _area_rows(
-        self, method: str, areas: dict[str, Tensor], removed: Tensor, values: Tensor
-    ) -> Iterator[Row]:
-        n = len(values)
+    def _area_rows(self, method: str, metric: Any) -> Iterator[Row]:
+        n = len(metric.curves().values)
         if self.variant == "paper":
+            areas = metric.compute()
             for measure in MEASURES[:2]:
-                for side in ("negative", "positive"):
+                for side in SIDES:
                     value = areas[f"{measure}/paper_{side}"]
                     yield self.row(f"{method}/{measure}/{side}", value, n, _NOWHERE)
             return
-        for index, measure in enumerate(MEASURES):
-            by_image = area(removed, values[..., index], int(removed[-1]), "trapezoid")
-            sides = {"negative": by_image[:, 0], "positive": by_image[:, 1]}
-            sides["gap"] = sides["negative"] - sides["positive"]
-            for side, numbers in sides.items():
-                found = bootstrap_mean(numbers, seed=self.config.seed)
-                name = f"{method}/{measure}/{side}"
-                yield self.row(name, found.mean, n, _NOWHERE)
-                yield self.row(f"{name}/low", found.low, n, _NOWHERE)
-                yield self.row(f"{name}/high", found.high, n, _NOWHERE)
+        for area, by_image in metric.images().items():
+            found = bootstrap_mean(by_image, seed=self.config.seed)
+            name = f"{method}/{area}"
+            yield self.row(name, found.mean, n, _NOWHERE)
+            yield self.row(f"{name}/low", found.low, n, _NOWHERE)
+            yield self.row(f"{name}/high", found.high, n, _NOWHERE)
 
-    def _curve_rows(self, method: str, removed: Tensor, values: Tensor) -> Iterator[Row]:
+    def _curve_rows(self, method: str, metric: Any) -> Iterator[Row]:
+        removed, values, _ = metric.curves()
         mean = values.double().mean(0)
         for s, share in enumerate((removed / removed[-1]).tolist()):
-            for o, side in enumerate(("negative", "positive")):
+            for o, side in enumerate(SIDES):
                 for m, measure in enumerate(MEASURES):
                     name = f"{method}/{measure}/{side}@{share:.4f}"
                     yield self.row(name, mean[o, s, m], len(values), _NOWHERE)

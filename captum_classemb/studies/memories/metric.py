@@ -11,12 +11,9 @@ from torch import Tensor
 
 from captum_classemb.errors import MissingExtraError
 from captum_classemb.functional.variant import Variant
+from captum_classemb.readout.vectors import VectorClasses
 from captum_classemb.studies.group_means import GroupedMean, SumMetric
-from captum_classemb.studies.memories.value_vectors import (
-    ValueClasses,
-    compositional,
-    keys_agree,
-)
+from captum_classemb.studies.memories.value_vectors import compositional, keys_agree
 
 
 def random_classes(target: Tensor, indices: Sequence[int], classes: int, seed: int = 0) -> Tensor:
@@ -52,7 +49,7 @@ class KeyValueAgreement(GroupedMean):
         self.variant = variant
 
     def agreeing(
-        self, strongest: Sequence[Tensor], values: Sequence[ValueClasses], target: Tensor
+        self, strongest: Sequence[Tensor], values: Sequence[VectorClasses], target: Tensor
     ) -> Tensor:
         """Which tokens agree: bool, R×B×N."""
         pairs = zip(strongest, values, strict=True)
@@ -61,7 +58,7 @@ class KeyValueAgreement(GroupedMean):
     def update(  # type: ignore[override]
         self,
         strongest: Sequence[Tensor],
-        values: Sequence[ValueClasses],
+        values: Sequence[VectorClasses],
         target: Tensor,
         members: Tensor,
     ) -> None:
@@ -88,7 +85,7 @@ class MemoryCompositionality(GroupedMean):
     def update(  # type: ignore[override]
         self,
         strongest: Sequence[Tensor],
-        values: Sequence[ValueClasses],
+        values: Sequence[VectorClasses],
         top_class: Tensor,
         members: Tensor,
     ) -> None:

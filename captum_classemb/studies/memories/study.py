@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.variant import Variant
-from captum_classemb.readout import ClassEmbedding, Scale, Step
+from captum_classemb.readout import Scale, Step
+from captum_classemb.readout.vectors import VectorClasses, read_vectors
 from captum_classemb.runs.batches import Batch
 from captum_classemb.runs.config import StudyConfig
 from captum_classemb.runs.registry import register_study
@@ -22,7 +22,6 @@ from captum_classemb.studies.memories.metric import (
     MemoryCompositionality,
     random_classes,
 )
-from captum_classemb.studies.memories.value_vectors import ValueClasses, value_classes
 from captum_classemb.studies.model_study import ModelStudy
 from captum_classemb.vit import ViT, adapt, record
 
@@ -31,22 +30,6 @@ if TYPE_CHECKING:
 
 _LAYERS = ("attn", "mlp")
 _STRONGEST = 5
-
-
-def class_directions(vit: ViT) -> Tensor:
-    """E, C×D: the classifier's weight, averaged over heads where there are several.
-
-    Raises:
-        UnsupportedModelError: if the classifier is no single matrix.
-    """
-    readout = vit.readout
-    if not isinstance(readout, ClassEmbedding):
-        raise UnsupportedModelError(
-            f"the classifier of {type(vit.model).__qualname__} is no single matrix, so it has no "
-            "class embeddings to compare value vectors with."
-        )
-    weights = [part.head.weight * part.share for part in readout.parts]
-    return torch.stack(weights).sum(0)
 
 
 def _value_vectors(vit: ViT, layer: str, block: int, variant: Variant) -> Tensor:
@@ -115,10 +98,9 @@ class MemoriesStudy(ModelStudy):
             }
         )
 
-    def _read_values(self, vit: ViT) -> list[ValueClasses]:
-        classes = class_directions(vit)
+    def _read_values(self, vit: ViT) -> list[VectorClasses]:
         return [
-            value_classes(classes, _value_vectors(vit, layer, block, self.variant), _STRONGEST)
+            read_vectors(_value_vectors(vit, layer, block, self.variant), vit.readout, _STRONGEST)
             for layer in _LAYERS
             for block in range(len(vit.blocks))
         ]
