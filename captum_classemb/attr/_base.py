@@ -60,16 +60,17 @@ class PatchAttribution(Attribution):  # type: ignore[misc]
 
     Args:
         model: a supported Vision Transformer, or one that is adapted already.
-        readout: what maps features to logits; the model's own class embedding by default.
+        readout: what maps features to logits, or a module that reads the pooled tokens; the
+            model's own class embedding by default.
     """
 
     #: False where a recorded pass tells what is not finite at its end.
     _LOOKS_FOR_NAN = True
 
-    def __init__(self, model: nn.Module, readout: Readout | None = None) -> None:
+    def __init__(self, model: nn.Module, readout: nn.Module | None = None) -> None:
         self.vit: ViT = adapt(model)
         super().__init__(self.vit)
-        self._given = (readout,)
+        self._given = (self.vit.read_with(readout),)
         if readout is None:
             _ = self.vit.readout
 

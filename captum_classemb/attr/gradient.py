@@ -54,7 +54,7 @@ class ClassEmbeddingGradient(ForwardPassAttribution):
     def __init__(
         self,
         model: nn.Module,
-        readout: Readout | None = None,
+        readout: nn.Module | None = None,
         objective: Literal["paper", "log_probability", "logit"] = "paper",
         blocks: Sequence[int] | None = None,
         heads: Sequence[int] | None = None,

@@ -80,7 +80,7 @@ class ClassEmbeddingProjection(PatchAttribution):
     def __init__(
         self,
         model: nn.Module,
-        readout: Readout | None = None,
+        readout: nn.Module | None = None,
         score: Score = "logit",
         site: str = "resid_post",
         block: int = -1,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.vit.checks import reading
-from captum_classemb.vit.parts import ViT
+from captum_classemb.vit.inside import read_inside
+from captum_classemb.vit.parts import ViT, uncompiled
 
 __all__ = ["Adapter", "adapt", "register_adapter", "supported_families"]
 
@@ -106,65 +105,68 @@ def _read(model: nn.Module) -> ViT:
     inner = _unwrap(model)
     if inner is not None:
         return _read(inner)
-    if type(model) is nn.Sequential and len(model) > 0:
-        return _after_preprocessing(model)
+    adapter = _adapter_of(model)
+    if adapter is not None:
+        return adapter(model)
+    reason = _known_refusal(model)
+    if reason is not None:
+        raise UnsupportedModelError(reason)
+    found = dict(_outermost(model, ""))
+    name = f"{type(model).__module__}.{type(model).__qualname__}"
+    if not found:
+        raise UnsupportedModelError(
+            f"{name} is no Vision Transformer that this library knows, and holds none: see "
+            "register_adapter for models of your own."
+        )
+    if len(found) > 1:
+        listed = ", ".join(f"`model.{path}`" for path in found.values())
+        raise UnsupportedModelError(
+            f"{name} holds {len(found)} Vision Transformers: pass one of {listed}."
+        )
+    ((vit, path),) = found.items()
+    return read_inside(model, path, _read(vit))
+
+
+def _adapter_of(model: nn.Module) -> Adapter | None:
     for ancestor in type(model).__mro__:
         name = f"{ancestor.__module__}.{ancestor.__qualname__}"
         if name not in _registered and name in _BUILT_IN:
             importlib.import_module(_BUILT_IN[name])
         if name in _registered:
-            return _registered[name](model)
-    reason = _known_refusal(model)
-    if reason is not None:
-        raise UnsupportedModelError(reason)
-    families = ", ".join(sorted({name.rsplit(".", 1)[1] for name in supported_families()}))
-    raise UnsupportedModelError(
-        f"{type(model).__module__}.{type(model).__qualname__} is no Vision Transformer that this "
-        f"library knows: neither it nor a base class has an adapter (there are adapters for "
-        f"{families}); see register_adapter for models of your own."
-    )
+            return _registered[name]
+    return None
+
+
+def _outermost(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
+    """The outermost submodules that can be adapted, with their names."""
+    for name, child in model.named_children():
+        if _adapter_of(child) is not None:
+            yield child, path + name
+        else:
+            yield from _outermost(child, f"{path}{name}.")
 
 
 def _unwrap(model: nn.Module) -> nn.Module | None:
     """The model inside a wrapper that computes the same: compiled, parallel, or with adapters."""
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return model.module  # type: ignore[no-any-return]
-    compiled = getattr(model, "_orig_mod", None)
-    if isinstance(compiled, nn.Module):
-        # Hooks set after compilation may be ignored; the modules inside are the same.
-        return compiled
+    module = getattr(model, "module", None)
+    if isinstance(module, nn.Module) and type(model).__name__ in _COPIES:
+        return module
+    if uncompiled(model) is not model:
+        return uncompiled(model)
     if any(ancestor.__module__.startswith("peft.") for ancestor in type(model).__mro__):
         return model.get_base_model()  # type: ignore[operator, no-any-return]
     return None
 
 
-def _after_preprocessing(model: nn.Sequential) -> ViT:
-    """``Sequential(preprocessing, vit)``: inputs are what the preprocessing takes."""
-    inner = _read(model[-1])
-    fixed = inner.image_size
-    grid = inner.grid if fixed is None else partial(_fixed_grid, inner, fixed)
-    vit = ViT(
-        model,
-        inner.blocks,
-        inner.readout if inner.has_readout else None,
-        inner.prefix_tokens,
-        inner.patch_size,
-        None,
-        inner.channels,
-        grid,
-    )
-    vit.resized_to = fixed
-    vit.call = partial(_preprocessed, inner, model)
-    return vit
-
-
-def _fixed_grid(inner: ViT, fixed: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    return inner.grid(fixed)
-
-
-def _preprocessed(inner: ViT, model: nn.Sequential, *args: Any) -> Any:
-    return inner(model[:-1](*args))
-
+_COPIES = {
+    "DataParallel",
+    "DistributedDataParallel",
+    "AveragedModel",
+    "ModelEma",
+    "ModelEmaV2",
+    "ModelEmaV3",
+}
+"""Classes of torch and timm that compute what their ``module`` computes."""
 
 _NO_SINGLE_GRID = {
     "attends within windows and merges patches between stages": (

@@ -24,7 +24,7 @@ from captum_classemb.readout.activation import GatedActivation
 from captum_classemb.readout.attention_pooled import ProbePool
 from captum_classemb.readout.linear import SideBySide
 from captum_classemb.vit.adapt import register_adapter
-from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT, split_heads
+from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT, split_heads, uncompiled
 
 __all__ = ["HuggingFaceAttention", "adapt_classifier", "adapt_image_encoder"]
 
@@ -142,7 +142,7 @@ def _vit(model: Any, encoder: Any, readout: Readout | None, prefix: int, any_siz
     size = (size, size) if isinstance(size, int) else tuple(size)
     return ViT(
         model,
-        [_block(layer) for layer in layers],
+        [_block(uncompiled(layer)) for layer in layers],
         readout,
         prefix,
         patch,

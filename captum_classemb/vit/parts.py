@@ -19,8 +19,9 @@ from captum_classemb.functional.attention import attention_weights
 from captum_classemb.functional.grid import patch_index
 from captum_classemb.functional.precision import refuse_non_finite, upcast
 from captum_classemb.readout import Linear, OutputPath, Readout, Step
+from captum_classemb.readout.features import Features
 
-__all__ = ["MLP", "Attention", "Block", "Call", "ViT", "split_heads"]
+__all__ = ["MLP", "Attention", "Block", "Call", "ViT", "logits_of", "split_heads", "uncompiled"]
 
 
 @dataclass
@@ -238,6 +239,34 @@ class Block:
     stream: int = 0
 
 
+def logits_of(output: Any, model: str) -> Tensor:
+    """The one tensor of logits or features of an image among what a model returned.
+
+    Raises:
+        UnsupportedModelError: if there is none, or several and none is named ``logits``.
+    """
+    for name in ("logits", "image_embeds", "pooler_output"):
+        if isinstance(output, Mapping) and name in output:
+            output = output[name]
+        output = output if isinstance(output, Tensor) else getattr(output, name, output)
+    if isinstance(output, (tuple, list, Mapping)):
+        each = list(output.values()) if isinstance(output, Mapping) else output
+        found = [one for one in each if isinstance(one, Tensor) and one.dim() == 2]
+        output = found[0] if len(found) == 1 else output
+    if not isinstance(output, Tensor):
+        raise UnsupportedModelError(
+            f"{model} returned {type(output).__qualname__}, not a tensor of logits: return the "
+            "logits alone, or under the name 'logits'."
+        )
+    return output
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` was given, which computes the same."""
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else module
+
+
 def split_heads(tokens: Tensor, heads: int) -> Tensor:
     """B×N×(H·d) to B×H×N×d."""
     batch, count, width = tokens.shape
@@ -255,6 +284,7 @@ _FACTS = (
     "_grid",
     "resized_to",
     "call",
+    "features",
 )
 
 
@@ -269,6 +299,8 @@ class ViT(nn.Module):
         patch_size: height and width of a patch in pixels.
         image_size: the only image size the model takes, or None if it takes any.
         channels: the number of image channels.
+        grid: the patch grid of an image size; by default as many patches as cover it.
+        features: what a head reads of the last tokens, where it is known.
     """
 
     def __init__(
@@ -281,6 +313,7 @@ class ViT(nn.Module):
         image_size: tuple[int, int] | None,
         channels: int = 3,
         grid: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
+        features: Features | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -292,6 +325,7 @@ class ViT(nn.Module):
         self.image_size = image_size
         self.channels = channels
         self._grid = grid
+        self.features = features
         #: The adapter that read the model, called again where its modules change.
         self.adapter: Callable[[nn.Module], ViT] | None = None
         #: States of structure and weights for which the reading of the model was verified.
@@ -313,15 +347,10 @@ class ViT(nn.Module):
             self.__dict__[name] = fresh.__dict__[name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        output = (self.model if self.call is None else self.call)(*args, **kwargs)
-        for name in ("logits", "image_embeds", "pooler_output"):
-            output = output if isinstance(output, Tensor) else getattr(output, name, output)
-        if not isinstance(output, Tensor):
-            raise UnsupportedModelError(
-                f"{type(self.model).__qualname__} returned {type(output).__qualname__}, "
-                "not a tensor of logits."
-            )
-        return output
+        # Compiled code does not call hooks that were set after its first call.
+        with torch.compiler.set_stance("force_eager"):
+            output = (self.model if self.call is None else self.call)(*args, **kwargs)
+        return logits_of(output, type(self.model).__qualname__)
 
     @property
     def readout(self) -> Readout:
@@ -337,6 +366,32 @@ class ViT(nn.Module):
                 "give a readout=, or a model with a classification head."
             )
         return readout
+
+    def read_with(self, readout: nn.Module | None) -> Readout | None:
+        """A readout as it is given, or what any small module makes of the pooled tokens.
+
+        Args:
+            readout: a readout; None; or a module, which reads what the model's own head reads: a
+                first linear layer of width D the pooled tokens, one of width 2D CLS beside the
+                mean patch.
+
+        Raises:
+            InputError: if it is neither, or of another width.
+            UnsupportedModelError: if it is not known what a head reads.
+        """
+        if readout is None or isinstance(readout, Readout):
+            return readout
+        if not isinstance(readout, nn.Module):
+            raise InputError(
+                f"readout is a {type(readout).__qualname__}: a Readout or a module that reads the "
+                "pooled tokens is needed."
+            )
+        if self.features is None:
+            raise UnsupportedModelError(
+                f"it is not known what a head of {type(self.model).__qualname__} reads: give a "
+                "Readout of captum_classemb.readout instead of a module."
+            )
+        return self.features.read_by(readout)
 
     @property
     def has_readout(self) -> bool:

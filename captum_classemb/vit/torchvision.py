@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_classemb.errors import UnsupportedModelError
-from captum_classemb.readout import Activation, ClassEmbedding, Linear, Norm, Part
+from captum_classemb.readout import Activation, Linear, Norm
+from captum_classemb.readout.features import Features, layers_of
 from captum_classemb.vit.adapt import register_adapter
-from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT, split_heads
+from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT, split_heads, uncompiled
 
 __all__ = ["TorchAttention", "adapt_torchvision"]
 
@@ -51,18 +51,6 @@ class TorchAttention(Attention):
         return float(module.head_dim**-0.5)
 
 
-def _readout(model: Any) -> ClassEmbedding:
-    layers = list(model.heads.children()) if isinstance(model.heads, nn.Sequential) else []
-    if len(layers) != 1 or not isinstance(layers[0], nn.Linear):
-        raise UnsupportedModelError(
-            "torchvision's VisionTransformer is supported with a head of one linear layer, "
-            f"this one has {', '.join(type(layer).__name__ for layer in layers) or 'none'}."
-        )
-    head = layers[0]
-    norm = Norm(model.encoder.ln)
-    return ClassEmbedding([Part(Linear(head), slice(0, 1))], norm, None, head.out_features)
-
-
 def _block(layer: Any) -> Block:
     attention = TorchAttention(layer.self_attention)
     attention.entry = (Norm(layer.ln_1),)
@@ -75,6 +63,9 @@ def _block(layer: Any) -> Block:
 def adapt_torchvision(model: nn.Module) -> ViT:
     """Adapt torchvision's ``VisionTransformer``."""
     vit: Any = model
-    blocks = [_block(layer) for layer in vit.encoder.layers]
-    size, patch = vit.image_size, vit.patch_size
-    return ViT(model, blocks, _readout(vit), 1, (patch, patch), (size, size))
+    blocks = [_block(uncompiled(layer)) for layer in vit.encoder.layers]
+    size, patch = (vit.image_size,) * 2, (vit.patch_size,) * 2
+    features = Features((slice(0, 1),), vit.hidden_dim, 1, Norm(vit.encoder.ln))
+    readout = features.read_by(vit.heads) if any(layers_of([vit.heads])) else None
+    channels = vit.conv_proj.weight.shape[1] if isinstance(vit.conv_proj, nn.Conv2d) else 3
+    return ViT(model, blocks, readout, 1, patch, size, channels, features=features)
