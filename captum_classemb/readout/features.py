@@ -22,7 +22,7 @@ from captum_classemb.readout.norm import Norm
 from captum_classemb.readout.output_path import OutputPath, along
 from captum_classemb.readout.steps import Step
 
-__all__ = ["Features", "HeadReadout", "layers_of"]
+__all__ = ["Features", "HeadReadout", "head_size", "layers_of", "linear_head"]
 
 _CLS = slice(0, 1)
 
@@ -134,6 +134,21 @@ def layers_of(modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
             yield from layers_of(list(module))
         elif not isinstance(module, (nn.modules.dropout._DropoutNd, nn.Identity)):
             yield module
+
+
+def linear_head(head: nn.Module) -> Linear:
+    """A head that is one linear layer, dropout aside, as a step.
+
+    Raises:
+        UnsupportedModelError: if it is not.
+    """
+    layers = list(layers_of([head]))
+    if len(layers) != 1 or not hasattr(layers[0], "in_features"):
+        raise UnsupportedModelError(
+            "the heads of a distilled model are to be one linear layer each, "
+            f"one is a {type(head).__qualname__}."
+        )
+    return Linear(layers[0])
 
 
 def _step(layer: nn.Module) -> Step | None:

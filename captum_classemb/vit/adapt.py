@@ -16,32 +16,73 @@ __all__ = ["Adapter", "adapt", "register_adapter", "supported_families"]
 
 Adapter = Callable[[nn.Module], ViT]
 
-# Qualified class names, so that no library is imported before one of its models is seen.
+_HUGGING_FACE = {
+    "vit": {"ViTForImageClassification": "classifier", "ViTModel": "encoder"},
+    "vit_msn": {"ViTMSNForImageClassification": "classifier", "ViTMSNModel": "encoder"},
+    "deit": {
+        "DeiTForImageClassification": "classifier",
+        "DeiTForImageClassificationWithTeacher": "classifier",
+        "DeiTModel": "encoder",
+    },
+    "beit": {"BeitForImageClassification": "classifier", "BeitModel": "encoder"},
+    "data2vec": {
+        "Data2VecVisionForImageClassification": "classifier",
+        "Data2VecVisionModel": "encoder",
+    },
+    "dinov2": {"Dinov2ForImageClassification": "classifier", "Dinov2Model": "encoder"},
+    "dinov2_with_registers": {
+        "Dinov2WithRegistersForImageClassification": "classifier",
+        "Dinov2WithRegistersModel": "encoder",
+    },
+    "dinov3_vit": {"DINOv3ViTModel": "encoder"},
+    "ijepa": {"IJepaForImageClassification": "classifier", "IJepaModel": "encoder"},
+    "clip": {
+        "CLIPForImageClassification": "classifier",
+        "CLIPVisionModel": "encoder",
+        "CLIPVisionModelWithProjection": "image_encoder",
+        "CLIPModel": "image_encoder",
+    },
+    "siglip": {
+        "SiglipForImageClassification": "classifier",
+        "SiglipVisionModel": "image_encoder",
+        "SiglipModel": "image_encoder",
+    },
+    "siglip2": {
+        "Siglip2ForImageClassification": "classifier",
+        "Siglip2VisionModel": "image_encoder",
+        "Siglip2Model": "image_encoder",
+    },
+}
+
+_ROOM = "captum_classemb.vit"
+#: Qualified class names, so that no library is imported before one of its models is seen, with the
+#: module and function that adapt them.
 _BUILT_IN = {
-    "timm.models.vision_transformer.VisionTransformer": "captum_classemb.vit.timm",
-    "timm.models.deit.VisionTransformerDistilled": "captum_classemb.vit.timm",
-    "timm.models.eva.Eva": "captum_classemb.vit.timm",
-    "timm.models.beit.Beit": "captum_classemb.vit.timm",
-    "timm.models.cait.Cait": "captum_classemb.vit.timm",
-    "timm.models.naflexvit.NaFlexVit": "captum_classemb.vit.timm",
-    "timm.models.vision_transformer_relpos.VisionTransformerRelPos": "captum_classemb.vit.timm",
-    "torchvision.models.vision_transformer.VisionTransformer": "captum_classemb.vit.torchvision",
     **dict.fromkeys(
         (
-            "transformers.models.vit.modeling_vit.ViTForImageClassification",
-            "transformers.models.vit_msn.modeling_vit_msn.ViTMSNForImageClassification",
-            "transformers.models.deit.modeling_deit.DeiTForImageClassification",
-            "transformers.models.deit.modeling_deit.DeiTForImageClassificationWithTeacher",
-            "transformers.models.beit.modeling_beit.BeitForImageClassification",
-            "transformers.models.dinov2.modeling_dinov2.Dinov2ForImageClassification",
-            "transformers.models.siglip.modeling_siglip.SiglipForImageClassification",
-            "transformers.models.siglip.modeling_siglip.SiglipVisionModel",
-            "transformers.models.siglip.modeling_siglip.SiglipModel",
-            "transformers.models.clip.modeling_clip.CLIPModel",
-            "transformers.models.clip.modeling_clip.CLIPVisionModelWithProjection",
+            "timm.models.vision_transformer.VisionTransformer",
+            "timm.models.deit.VisionTransformerDistilled",
+            "timm.models.eva.Eva",
+            "timm.models.beit.Beit",
+            "timm.models.cait.Cait",
+            "timm.models.naflexvit.NaFlexVit",
+            "timm.models.vision_transformer_relpos.VisionTransformerRelPos",
         ),
-        "captum_classemb.vit.huggingface",
+        ("timm", "adapt_timm"),
     ),
+    "torchvision.models.vision_transformer.VisionTransformer": (
+        "torchvision",
+        "adapt_torchvision",
+    ),
+    **{
+        f"transformers.models.{family}.modeling_{family}{suffix}.{name}": (
+            "huggingface",
+            f"adapt_{kind}",
+        )
+        for family, classes in _HUGGING_FACE.items()
+        for suffix in ("_vision" if family == "data2vec" else "",)
+        for name, kind in classes.items()
+    },
 }
 
 _registered: dict[str, Adapter] = {}
@@ -130,10 +171,12 @@ def _read(model: nn.Module) -> ViT:
 def _adapter_of(model: nn.Module) -> Adapter | None:
     for ancestor in type(model).__mro__:
         name = f"{ancestor.__module__}.{ancestor.__qualname__}"
-        if name not in _registered and name in _BUILT_IN:
-            importlib.import_module(_BUILT_IN[name])
         if name in _registered:
             return _registered[name]
+        if name in _BUILT_IN:
+            module, function = _BUILT_IN[name]
+            adapter: Adapter = getattr(importlib.import_module(f"{_ROOM}.{module}"), function)
+            return adapter
     return None
 
 

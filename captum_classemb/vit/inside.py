@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_classemb.errors import UnsupportedModelError
+from captum_classemb.errors import ClassEmbWarning, UnsupportedModelError
 from captum_classemb.functional.precision import upcast
 from captum_classemb.hooks import after, before, hooks_removed
 from captum_classemb.readout import AttentionPooled, Norm, Readout
@@ -82,15 +82,18 @@ def read_inside(model: nn.Module, path: str, inner: ViT) -> ViT:
         raise UnsupportedModelError(_refusal(model, path, inner, "is not made by modules alone"))
     readout, features, last = found
     fixed = trace.received if trace.received != trace.size else None
-    if fixed is None and inner.image_size and _takes(model, inner, trace):
-        fixed = inner.image_size
+    image_size = inner.image_size
+    if fixed is None and image_size is not None:
+        given, received = _with_another_size(model, inner, trace)
+        image_size = image_size if received is None else None
+        fixed = received if received != given else None
     vit = ViT(
         model,
         inner.blocks,
         readout,
         inner.prefix_tokens,
         inner.patch_size,
-        None if fixed else inner.image_size,
+        None if fixed else image_size,
         trace.channels,
         inner.grid if fixed is None else partial(_fixed_grid, inner, fixed),
         features,
@@ -181,8 +184,7 @@ def _trace(model: nn.Module, inner: ViT, pixels: Tensor) -> _Trace:
             events.append(_Event(module, entered[module].pop(), left.clone()))
 
     def inner_entered(args: Any, kwargs: Any) -> None:
-        given = Call(args, kwargs).input
-        received.append((given.shape[-2], given.shape[-1]))
+        received.append(_size(args, kwargs))
 
     def inner_left(args: Any, kwargs: Any, output: Any) -> None:
         with suppress(UnsupportedModelError):
@@ -227,13 +229,22 @@ def _tensor(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) and output.is_floating_point() else None
 
 
-def _takes(model: nn.Module, inner: ViT, trace: _Trace) -> bool:
-    """Whether the model takes images of another size too, and resizes them."""
-    height, width = trace.size
-    with suppress(Exception), torch.no_grad():
-        model(_images(inner, (height + 2 * inner.patch_size[0], width), trace.channels))
-        return True
-    return False
+def _with_another_size(
+    model: nn.Module, inner: ViT, trace: _Trace
+) -> tuple[tuple[int, int], tuple[int, int] | None]:
+    """Another size of images, and what size reaches the Vision Transformer; None if it fails."""
+    side = (trace.size[0] + 2 * inner.patch_size[0], trace.size[1])
+    received: list[tuple[int, int]] = []
+    hook = before(inner.model, lambda args, kwargs: received.append(_size(args, kwargs)))
+    with hooks_removed([hook]), suppress(Exception), torch.no_grad():
+        model(_images(inner, side, trace.channels))
+        return side, received[0]
+    return side, None
+
+
+def _size(args: Any, kwargs: Any) -> tuple[int, int]:
+    given = Call(args, kwargs).input
+    return given.shape[-2], given.shape[-1]
 
 
 # -- From the output back to the pool
@@ -276,9 +287,8 @@ def _classifies(layer: nn.Module) -> bool:
 
 
 def _said(module: nn.Module) -> nn.Module:
-    warnings.warn(
-        "the model returns probabilities: the logits before them are explained.", stacklevel=2
-    )
+    said = "the model returns probabilities: the logits before them are explained."
+    warnings.warn(said, ClassEmbWarning, stacklevel=2)
     return module
 
 

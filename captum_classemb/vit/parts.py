@@ -245,10 +245,11 @@ def logits_of(output: Any, model: str) -> Tensor:
     Raises:
         UnsupportedModelError: if there is none, or several and none is named ``logits``.
     """
-    for name in ("logits", "image_embeds", "pooler_output"):
-        if isinstance(output, Mapping) and name in output:
-            output = output[name]
-        output = output if isinstance(output, Tensor) else getattr(output, name, output)
+    for name in ("logits", "image_embeds", "pooler_output", "last_hidden_state"):
+        if isinstance(output, Tensor):
+            return output
+        named = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        output = named if isinstance(named, Tensor) else output
     if isinstance(output, (tuple, list, Mapping)):
         each = list(output.values()) if isinstance(output, Mapping) else output
         found = [one for one in each if isinstance(one, Tensor) and one.dim() == 2]
@@ -347,6 +348,9 @@ class ViT(nn.Module):
             self.__dict__[name] = fresh.__dict__[name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        # Captum has no other way to hand on keyword arguments.
+        if len(args) > 1 and isinstance(args[-1], Mapping):
+            args, kwargs = args[:-1], {**args[-1], **kwargs}
         # Compiled code does not call hooks that were set after its first call.
         with torch.compiler.set_stance("force_eager"):
             output = (self.model if self.call is None else self.call)(*args, **kwargs)
@@ -450,8 +454,14 @@ class ViT(nn.Module):
         index = patch_index(image_size, self.grid(image_size), patch)
         return index[None, None]
 
-    def check_inputs(self, inputs: Tensor, finite: bool = True) -> None:
-        """Raise InputError unless ``inputs`` is a batch of images that the model takes."""
+    def check_inputs(
+        self, inputs: Tensor, finite: bool = True, forward_args: tuple[Any, ...] = ()
+    ) -> None:
+        """Raise InputError unless ``inputs`` is a batch of images that the model takes.
+
+        Hugging Face's models take any size where ``interpolate_pos_encoding`` is among the further
+        arguments.
+        """
         if inputs.dim() != 4:
             raise InputError(
                 f"inputs have shape {tuple(inputs.shape)}: a batch of images "
@@ -462,7 +472,10 @@ class ViT(nn.Module):
                 f"inputs have {inputs.shape[1]} channels: the model takes {self.channels}."
             )
         size = (inputs.shape[2], inputs.shape[3])
-        if self.image_size is not None and size != self.image_size:
+        named = forward_args[-1] if forward_args else None
+        named = named.get("interpolate_pos_encoding") if isinstance(named, Mapping) else False
+        any_size = named is True or any(argument is True for argument in forward_args)
+        if not any_size and self.image_size is not None and size != self.image_size:
             wanted = f"{self.image_size[0]}×{self.image_size[1]}"
             raise InputError(f"inputs are {size[0]}×{size[1]} pixels: the model takes {wanted}.")
         self.grid(size)

@@ -9,10 +9,9 @@ from timm.layers import global_pool_nlc
 from torch import Tensor, nn
 
 from captum_classemb.errors import InputError, UnsupportedModelError
-from captum_classemb.readout import ClassEmbedding, FunctionReadout, Linear, Norm, Part, Readout
+from captum_classemb.readout import ClassEmbedding, FunctionReadout, Norm, Part, Readout
 from captum_classemb.readout.attention_pooled import TimmLatentPool
-from captum_classemb.readout.features import Features, head_size, layers_of
-from captum_classemb.vit.adapt import register_adapter
+from captum_classemb.readout.features import Features, head_size, linear_head
 from captum_classemb.vit.parts import ViT, uncompiled
 from captum_classemb.vit.timm_attention import TimmAttention
 from captum_classemb.vit.timm_blocks import read_block
@@ -76,21 +75,6 @@ def _pool_and_head(model: Any, rows: Tensor) -> Tensor:
     return logits
 
 
-def linear_head(head: nn.Module) -> Linear:
-    """A head that is one linear layer, dropout aside, as a step.
-
-    Raises:
-        UnsupportedModelError: if it is not.
-    """
-    layers = list(layers_of([head]))
-    if len(layers) != 1 or not hasattr(layers[0], "in_features"):
-        raise UnsupportedModelError(
-            "the heads of a distilled model are to be one linear layer each, "
-            f"one is a {type(head).__qualname__}."
-        )
-    return Linear(layers[0])
-
-
 def _image_size(model: Any) -> tuple[int, int] | None:
     embed = getattr(model, "patch_embed", None)
     size = getattr(embed, "img_size", None)
@@ -128,13 +112,6 @@ def _grid(model: Any, size: tuple[int, int]) -> tuple[int, int]:
     return int(h), int(w)
 
 
-@register_adapter("timm.models.vision_transformer.VisionTransformer")
-@register_adapter("timm.models.deit.VisionTransformerDistilled")
-@register_adapter("timm.models.eva.Eva")
-@register_adapter("timm.models.beit.Beit")
-@register_adapter("timm.models.vision_transformer_relpos.VisionTransformerRelPos")
-@register_adapter("timm.models.naflexvit.NaFlexVit")
-@register_adapter("timm.models.cait.Cait")
 def adapt_timm(model: nn.Module) -> ViT:
     """Adapt a plain Vision Transformer of timm.
 

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from captum_classemb.readout import Activation, Linear, Norm
 from captum_classemb.readout.features import Features, layers_of
-from captum_classemb.vit.adapt import register_adapter
 from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT, split_heads, uncompiled
 
 __all__ = ["TorchAttention", "adapt_torchvision"]
@@ -59,7 +58,6 @@ def _block(layer: Any) -> Block:
     return Block(layer, (attention,), (mlp,))
 
 
-@register_adapter("torchvision.models.vision_transformer.VisionTransformer")
 def adapt_torchvision(model: nn.Module) -> ViT:
     """Adapt torchvision's ``VisionTransformer``."""
     vit: Any = model

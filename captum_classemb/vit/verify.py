@@ -87,7 +87,7 @@ def verify(vit: ViT, pixels: Tensor, forward_args: tuple[Any, ...] = ()) -> None
     name = type(vit.model).__qualname__
     with reading(name):
         vit.read_again()
-    vit.check_inputs(pixels)
+    vit.check_inputs(pixels, forward_args=forward_args)
     vit.quantised = any("quantized" in type(m).__module__ for m in vit.model.modules())
     tolerance = _tolerance(vit, pixels, WHOLE)
     # Further arguments may hold a row for each image of the batch.
@@ -135,8 +135,8 @@ def _in_float32(vit: ViT) -> Iterator[bool]:
         vit.call = None
 
 
-def _borrowing(model: nn.Module, weights: dict[str, Tensor], *args: Any) -> Any:
-    return functional_call(model, weights, args)
+def _borrowing(model: nn.Module, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    return functional_call(model, weights, args, kwargs)
 
 
 def _state(vit: ViT) -> tuple[int, bool]:
