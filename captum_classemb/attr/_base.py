@@ -25,7 +25,7 @@ from captum_classemb.functional.precision import upcast
 from captum_classemb.readout import Readout
 from captum_classemb.vit import ViT, adapt
 
-__all__ = ["PatchAttribution", "choose"]
+__all__ = ["PatchAttribution", "check_classes", "choose"]
 
 
 _OPTIONS = ("objective", "score", "site", "block", "batch_size")
@@ -53,6 +53,14 @@ def choose(indices: Sequence[int] | int | None, count: int, name: str) -> list[i
             raise InputError(f"{name} {index % count} was chosen twice.")
         chosen.append(int(index) % count)
     return chosen
+
+
+def check_classes(vit: ViT, option: str) -> None:
+    """Raise InputError if a probability of one text is asked for: it is 1 whatever the image."""
+    if "probability" in option and len(getattr(vit, "classes", (0, 0))) == 1:
+        raise InputError(
+            f"{option!r} needs more than one class to set it against: name others, or take 'logit'."
+        )
 
 
 class PatchAttribution(Attribution):  # type: ignore[misc]

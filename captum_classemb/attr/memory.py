@@ -9,6 +9,7 @@ import torch
 from captum.log import log_usage
 from torch import Tensor, nn
 
+from captum_classemb.attr._base import check_classes
 from captum_classemb.attr._forward_pass import (
     Classes,
     ForwardPassAttribution,
@@ -138,6 +139,7 @@ class MemoryPatchImportance(ForwardPassAttribution):
     ) -> None:
         check_objective(objective, ("logit", "log_probability"))
         super().__init__(model, readout, blocks, heads)
+        check_classes(self.vit, objective)
         self.objective = objective
 
     def needs(self) -> Needs:

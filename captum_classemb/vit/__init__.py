@@ -4,6 +4,7 @@ from captum_classemb.vit.adapt import adapt, register_adapter, supported_familie
 from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT, split_heads
 from captum_classemb.vit.record import ALL, SITES, Recording, record, record_module
 from captum_classemb.vit.verify import identities, verify
+from captum_classemb.vit.zero_shot import zero_shot
 
 __all__ = [
     "ALL",
@@ -22,4 +23,5 @@ __all__ = [
     "split_heads",
     "supported_families",
     "verify",
+    "zero_shot",
 ]

@@ -70,6 +70,7 @@ _BUILT_IN = {
         ),
         ("timm", "adapt_timm"),
     ),
+    "open_clip.transformer.VisionTransformer": ("open_clip", "adapt_tower"),
     "torchvision.models.vision_transformer.VisionTransformer": (
         "torchvision",
         "adapt_torchvision",
@@ -153,6 +154,11 @@ def _read(model: nn.Module) -> ViT:
     if reason is not None:
         raise UnsupportedModelError(reason)
     found = dict(_outermost(model, ""))
+    if not found:
+        for inner in model.modules():
+            reason = _known_refusal(inner)
+            if reason is not None:
+                raise UnsupportedModelError(reason)
     name = f"{type(model).__module__}.{type(model).__qualname__}"
     if not found:
         raise UnsupportedModelError(
@@ -196,6 +202,8 @@ def _unwrap(model: nn.Module) -> nn.Module | None:
         return module
     if uncompiled(model) is not model:
         return uncompiled(model)
+    if type(model).__module__.startswith("open_clip.") and hasattr(model, "visual"):
+        return model.visual  # type: ignore[return-value]
     if any(ancestor.__module__.startswith("peft.") for ancestor in type(model).__mro__):
         return model.get_base_model()  # type: ignore[operator, no-any-return]
     return None
@@ -223,6 +231,8 @@ _NO_SINGLE_GRID = {
     "has tokens within tokens": ("TNT",),
 }  # fmt: skip
 
+_CONVOLUTIONAL = ("ResNet", "ConvNeXt", "EfficientNet", "MobileNet", "RegNet", "DenseNet", "VGG")
+
 _OTHER_ATTENTION = {
     "Xcit": "attends over channels, not over tokens",
     "ConVit": "mixes attention with positions behind a gate of each head",
@@ -233,6 +243,8 @@ def _known_refusal(model: nn.Module) -> str | None:
     """Why a known transformer that is no plain one is refused; None for other models."""
     name = type(model).__qualname__
     full = f"{type(model).__module__}.{name}"
+    if any(family.lower() in name.lower() for family in _CONVOLUTIONAL):
+        return f"{full} is a convolutional network: it has no patch tokens to explain."
     for reason, families in _NO_SINGLE_GRID.items():
         if any(family.lower() in name.lower() for family in families):
             return (

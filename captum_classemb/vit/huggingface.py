@@ -205,14 +205,13 @@ def _features(encoder: Any, pooling: str) -> Features:
     prefix += _PREFIX.get(_name(encoder, _ENCODERS), 1)
     patches = slice(prefix, None)
     tokens = {"cls": (_CLS,), "patches": (patches,), "all": (_ALL,), "both": (_CLS, patches)}
-    norms = (
+    last = find(encoder, "layernorm", "post_layernorm", "norm")
+    after = getattr(getattr(encoder, "pooler", None), "layernorm", None)
+    token_norm, pooled_norm = (
         None if norm is None or isinstance(norm, nn.Identity) else Norm(norm)
-        for norm in (
-            find(encoder, "layernorm", "post_layernorm", "norm"),
-            getattr(getattr(encoder, "pooler", None), "layernorm", None),
-        )
+        for norm in (last, after)
     )
-    return Features(tokens[pooling], config.hidden_size, prefix, *norms)
+    return Features(tokens[pooling], config.hidden_size, prefix, token_norm, pooled_norm)
 
 
 def _pooling(model: Any, encoder: Any) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_classemb.readout import Activation, Linear, Norm
+from captum_classemb.errors import UnsupportedModelError
+from captum_classemb.readout import Activation, Linear, Norm, Step
 from captum_classemb.readout.features import Features, layers_of
 from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT, split_heads, uncompiled
 
@@ -21,8 +22,13 @@ class TorchAttention(Attention):
     once more from the tokens that went in.
     """
 
-    def __init__(self, module: Any) -> None:
-        super().__init__(module, module.num_heads, module.out_proj)
+    def __init__(self, module: Any, outer: tuple[Step, ...] = ()) -> None:
+        if not module.batch_first:
+            raise UnsupportedModelError(
+                "nn.MultiheadAttention that takes tokens before the batch is not supported: build "
+                "the model with batch_first=True."
+            )
+        super().__init__(module, module.num_heads, module.out_proj, outer)
         self.projections = (Linear(module, names=("in_proj_weight", "in_proj_bias")),)
 
     def _project(self, tokens: Tensor, index: int) -> Tensor:
@@ -44,6 +50,11 @@ class TorchAttention(Attention):
     def coefficients(self, call: Call, rows: slice) -> Tensor:
         # The kernel reads W_O's weight without calling the module, so no hook sees what enters it.
         return self.mixed(call, rows)
+
+    def bias(self, call: Call, rows: slice) -> Tensor | None:
+        if any(call.kwargs.get(name) is not None for name in ("attn_mask", "key_padding_mask")):
+            raise UnsupportedModelError("attention masks that leave tokens out are not supported.")
+        return None
 
     def scale(self) -> float:
         module: Any = self.module

@@ -21,6 +21,7 @@ class RawAttention(Baseline):
 
     Args:
         model (nn.Module): a supported Vision Transformer that reads a class token.
+        readout (nn.Module, optional): maps features to logits. Default: the class embedding.
 
     Raises:
         UnsupportedModelError: if the model is not supported, or reads its patches.
@@ -31,8 +32,8 @@ class RawAttention(Baseline):
         torch.Size([1, 3, 64, 64])
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, readout: nn.Module | None = None) -> None:
+        super().__init__(model, readout)
         self.rows = pooled_rows(self)
 
     def _token_scores(self, pixels: Tensor, target: Tensor, args: tuple[Any, ...]) -> Tensor:
@@ -50,6 +51,7 @@ class AttentionRollout(Baseline):
 
     Args:
         model (nn.Module): a supported Vision Transformer that reads a class token.
+        readout (nn.Module, optional): maps features to logits. Default: the class embedding.
 
     Raises:
         UnsupportedModelError: if the model is not supported, reads its patches, or its recorded
@@ -61,8 +63,8 @@ class AttentionRollout(Baseline):
         torch.Size([1, 3, 64, 64])
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, readout: nn.Module | None = None) -> None:
+        super().__init__(model, readout)
         self.rows = pooled_rows(self)
 
     def _token_scores(self, pixels: Tensor, target: Tensor, args: tuple[Any, ...]) -> Tensor:
