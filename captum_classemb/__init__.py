@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         MemoryPatchImportance,
         PatchImportance,
     )
+    from captum_classemb.vit import zero_shot
 
 __version__ = "0.1.0"
 
@@ -24,13 +25,14 @@ __all__ = [
     "MemoryPatchImportance",
     "PatchImportance",
     "__version__",
+    "zero_shot",
 ]
 
 
 def __getattr__(name: str) -> Any:
     # Loaded when first used, so that the command line answers before torch is imported.
     if name in __all__:
-        from captum_classemb import attr
+        from captum_classemb import attr, vit
 
-        return getattr(attr, name)
+        return getattr(vit if name == "zero_shot" else attr, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,7 +31,7 @@ from captum_classemb.vit.memories import ForwardPass
 if TYPE_CHECKING:
     from captum_classemb.attr._forward_pass import Needs
 
-__all__ = ["PatchAttribution", "choose"]
+__all__ = ["PatchAttribution", "check_classes", "choose"]
 
 
 _OPTIONS = ("objective", "score", "site", "block", "batch_size")
@@ -61,21 +61,30 @@ def choose(indices: Sequence[int] | int | None, count: int, name: str) -> list[i
     return chosen
 
 
+def check_classes(vit: ViT, option: str) -> None:
+    """Raise InputError if a probability of one text is asked for: it is 1 whatever the image."""
+    if "probability" in option and len(getattr(vit, "classes", (0, 0))) == 1:
+        raise InputError(
+            f"{option!r} needs more than one class to set it against: name others, or take 'logit'."
+        )
+
+
 class PatchAttribution(Attribution):  # type: ignore[misc]
     """An attribution that scores patches and spreads the scores over their pixels.
 
     Args:
         model: a supported Vision Transformer, or one that is adapted already.
-        readout: what maps features to logits; the model's own class embedding by default.
+        readout: what maps features to logits, or a module that reads the pooled tokens; the
+            model's own class embedding by default.
     """
 
     #: False where a recorded pass tells what is not finite at its end.
     _LOOKS_FOR_NAN = True
 
-    def __init__(self, model: nn.Module, readout: Readout | None = None) -> None:
+    def __init__(self, model: nn.Module, readout: nn.Module | None = None) -> None:
         self.vit: ViT = adapt(model)
         super().__init__(self.vit)
-        self._given = (readout,)
+        self._given = (self.vit.read_with(readout),)
         if readout is None:
             _ = self.vit.readout
 

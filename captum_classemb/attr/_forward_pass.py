@@ -91,7 +91,7 @@ class ForwardPassAttribution(PatchAttribution):
     def __init__(
         self,
         model: nn.Module,
-        readout: Readout | None = None,
+        readout: nn.Module | None = None,
         blocks: Sequence[int] | None = None,
         heads: Sequence[int] | None = None,
     ) -> None:

@@ -58,7 +58,7 @@ def images(
     if len(pixels) == 0:
         raise InputError("no image was given: the batch is empty.")
     verify(vit, pixels, args)
-    vit.check_inputs(pixels, finite)
+    vit.check_inputs(pixels, finite, args)
     return pixels
 
 
@@ -71,7 +71,10 @@ def like_inputs(inputs: TensorOrTuple, attributions: Tensor) -> TensorOrTuple:
 
 
 def forward_args(additional: Any) -> tuple[Any, ...]:
-    """The model's further positional arguments, wrapped as Captum wraps them."""
+    """The model's further arguments, wrapped as Captum wraps them.
+
+    Positional ones; a dictionary at the end holds those with a name.
+    """
     if additional is None:
         return ()
     return additional if isinstance(additional, tuple) else (additional,)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from captum_classemb.attr._base import check_classes
 from captum_classemb.attr._forward_pass import Classes, ForwardPassAttribution, Needs
 from captum_classemb.errors import InputError
 from captum_classemb.functional.attention import chunks, values_along
@@ -54,13 +55,14 @@ class ClassEmbeddingGradient(ForwardPassAttribution):
     def __init__(
         self,
         model: nn.Module,
-        readout: Readout | None = None,
+        readout: nn.Module | None = None,
         objective: Literal["paper", "log_probability", "logit"] = "paper",
         blocks: Sequence[int] | None = None,
         heads: Sequence[int] | None = None,
     ) -> None:
         check_objective(objective, ("paper", "log_probability", "logit"))
         super().__init__(model, readout, blocks, heads)
+        check_classes(self.vit, objective)
         self.objective = objective
 
     def needs(self) -> Needs:

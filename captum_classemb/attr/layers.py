@@ -27,11 +27,11 @@ __all__ = ["LayerClassEmbeddingProjection", "LayerMemoryContribution"]
 
 class _LayerMethod(LayerAttribution):  # type: ignore[misc]
     def __init__(
-        self, model: nn.Module, layer: nn.Module | None, readout: Readout | None = None
+        self, model: nn.Module, layer: nn.Module | None, readout: nn.Module | None = None
     ) -> None:
         self.vit: ViT = adapt(model)
         super().__init__(self.vit, layer)
-        self.readout = self.vit.readout if readout is None else readout
+        self.readout: Readout = self.vit.read_with(readout) or self.vit.readout
 
     @property
     def multiplies_by_inputs(self) -> bool:

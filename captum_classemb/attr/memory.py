@@ -9,6 +9,7 @@ import torch
 from captum.log import log_usage
 from torch import Tensor, nn
 
+from captum_classemb.attr._base import check_classes
 from captum_classemb.attr._forward_pass import (
     Classes,
     ForwardPassAttribution,
@@ -22,7 +23,7 @@ from captum_classemb.functional.attention import carried, chunks
 from captum_classemb.functional.ledger import LogitLedger
 from captum_classemb.functional.objectives import check_objective
 from captum_classemb.functional.precision import no_autocast, upcast
-from captum_classemb.readout import ClassEmbedding, Linear, OutputPath, Readout
+from captum_classemb.readout import ClassEmbedding, Linear, OutputPath
 from captum_classemb.readout.output_path import along
 from captum_classemb.vit import Recording
 from captum_classemb.vit.memories import ForwardPass, Stage
@@ -131,13 +132,14 @@ class MemoryPatchImportance(ForwardPassAttribution):
     def __init__(
         self,
         model: nn.Module,
-        readout: Readout | None = None,
+        readout: nn.Module | None = None,
         objective: Literal["logit", "log_probability"] = "logit",
         blocks: Sequence[int] | None = None,
         heads: Sequence[int] | None = None,
     ) -> None:
         check_objective(objective, ("logit", "log_probability"))
         super().__init__(model, readout, blocks, heads)
+        check_classes(self.vit, objective)
         self.objective = objective
 
     def needs(self) -> Needs:

@@ -7,8 +7,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from captum_classemb.attr._forward_pass import Classes, ForwardPassAttribution, Needs, head_count
+from captum_classemb.attr._forward_pass import Classes, ForwardPassAttribution, Needs
 from captum_classemb.attr.memory import attention_of, direct_entries, direct_maps
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.attention import carried
@@ -77,12 +78,11 @@ class PatchImportance(ForwardPassAttribution):
     def __init__(
         self,
         model: nn.Module,
-        readout: Readout | None = None,
+        readout: nn.Module | None = None,
         objective: Literal["log_probability", "logit"] = "log_probability",
     ) -> None:
         check_objective(objective, ("log_probability", "logit"))
         super().__init__(model, readout)
-        head_count(self.vit)
         self.objective = objective
 
     def needs(self) -> Needs:
@@ -99,7 +99,7 @@ class PatchImportance(ForwardPassAttribution):
         u = _directions(readout, final, torch.cat([of_logit, of_objective], 1))
         stream, attention = self._stream(done, readout.vjp(final, of_objective))
         direct = [direct_entries(s, a, u) for s, a in zip(done.stages, attention, strict=True)]
-        d, c = self._patches(torch.cat(direct) if len(direct) > 1 else direct[0]).chunk(2, 3)
+        d, c = self._patches(_by_head(direct)).chunk(2, 3)
         return [combined(self._patches(stream).relu(), d, c, heads=(0, 2))]
 
     @property
@@ -122,14 +122,14 @@ class PatchImportance(ForwardPassAttribution):
                 )
                 for stage, weights in zip(done.stages, attention, strict=True)
             ]
-            return torch.cat(each), attention
+            return _by_head(each), attention
         stream = RowStream(self.vit, done)
         found = []
         for block in reversed(range(len(self.vit.blocks))):
             cotangent, _, by_module = stream.vjp(block, cotangent)
             by_row = torch.cat(by_module, 1) if len(by_module) > 1 else by_module[0]
-            found.append(by_row[:, :, 0] if by_row.shape[2] == 1 else by_row.sum(2))
-        return torch.stack(found[::-1]), stream.attention
+            found.append((by_row[:, :, 0] if by_row.shape[2] == 1 else by_row.sum(2))[None])
+        return _by_head(found[::-1]), stream.attention
 
     # -- Many classes of a linear head. What a block does to a cotangent is linear, so where there
     # are more classes than dimensions it is followed back for the dimensions alone.
@@ -262,6 +262,16 @@ class _Evidence:
         """B×K×N."""
         assert self._total is not None
         return self._total
+
+
+def _by_head(parts: list[Tensor]) -> Tensor:
+    """L×B×H×K×N of several stages as one, with zeros where a block has fewer heads."""
+    most = max(part.shape[2] for part in parts)
+    padded = [
+        part if part.shape[2] == most else F.pad(part, (0, 0) * 2 + (0, most - part.shape[2]))
+        for part in parts
+    ]
+    return torch.cat(padded) if len(padded) > 1 else padded[0]
 
 
 def _directions(readout: Readout, rows: Tensor, g: Tensor) -> Tensor:

@@ -8,22 +8,23 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from captum_classemb.attr._base import PatchAttribution, choose
+from captum_classemb.attr._base import PatchAttribution, check_classes, choose
 from captum_classemb.attr._forward_pass import Needs, any_rows, run
 from captum_classemb.attr._inputs import forward_args, images
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.functional.grid import tile
 from captum_classemb.functional.identifiability import all_ranks, identifiability
 from captum_classemb.functional.precision import no_autocast, upcast
-from captum_classemb.readout import Readout
-from captum_classemb.vit import ALL
+from captum_classemb.readout import OutputPath, Readout
+from captum_classemb.vit import Recording
 from captum_classemb.vit.checks import reading
 from captum_classemb.vit.memories import ForwardPass
+from captum_classemb.vit.record import ALL
 
 __all__ = ["ClassEmbeddingProjection", "Score", "token_scores"]
 
 Score = Literal["logit", "log_probability", "probability", "identifiability"]
-SITE_NAMES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+SITE_NAMES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "value")
 
 
 def token_scores(readout: Readout, tokens: Tensor, target: Tensor, score: Score) -> Tensor:
@@ -45,19 +46,35 @@ def token_scores(readout: Readout, tokens: Tensor, target: Tensor, score: Score)
     return log_p if score == "log_probability" else log_p.exp()
 
 
+def _value_tokens(recording: Recording, block: int) -> Tensor:
+    """What a block's attention would write for each token if it attended to itself alone: B×N×D."""
+    modules = zip(recording["values"][block], recording["attn_path"][block], strict=True)
+    written = [
+        OutputPath.of(path.steps, upcast(values).transpose(1, 2).flatten(2)).output
+        for values, path in modules
+    ]
+    return sum(written[1:], written[0])
+
+
 class ClassEmbeddingProjection(PatchAttribution):
     """The evidence for the target that each patch token carries at a site.
 
     Every hidden token is read by the model's own last norm and classifier, as if it were the CLS
     token of the last block: p = E·LN(x) + bias (Vilas et al. 2023, §3).
 
+    This is a readout, and no importance map: patches that it names may be taken out without loss
+    (on one DeiT the most important first cost less than the least important). The last patch
+    tokens of CLIP and SigLIP do not lie in the space of their texts: take ``site="value"`` there,
+    and ``attribute_classes`` minus its mean over the classes.
+
     Args:
         model (nn.Module): a supported Vision Transformer.
         readout (Readout, optional): maps features to logits. Default: the class embedding.
         score (str, optional): ``"logit"``, ``"log_probability"``, ``"probability"`` or
             ``"identifiability"``. Default: ``"logit"``
-        site (str, optional): ``"resid_pre"``, ``"attn_out"``, ``"resid_mid"``, ``"mlp_out"`` or
-            ``"resid_post"``. Default: ``"resid_post"``
+        site (str, optional): ``"resid_pre"``, ``"attn_out"``, ``"resid_mid"``, ``"mlp_out"``,
+            ``"resid_post"``, or ``"value"``: what attention's output projection makes of the
+            token's own value vectors, without residual stream and MLP. Default: ``"resid_post"``
         block (int, optional): the block whose site is read. Default: -1
 
     Raises:
@@ -82,7 +99,7 @@ class ClassEmbeddingProjection(PatchAttribution):
     def __init__(
         self,
         model: nn.Module,
-        readout: Readout | None = None,
+        readout: nn.Module | None = None,
         score: Score = "logit",
         site: str = "resid_post",
         block: int = -1,
@@ -93,6 +110,7 @@ class ClassEmbeddingProjection(PatchAttribution):
             raise InputError(f"score {score!r} is none of {options}.")
         if site not in SITE_NAMES:
             raise InputError(f"site {site!r} is none of {', '.join(map(repr, SITE_NAMES))}.")
+        check_classes(self.vit, score)
         self.score = score
         self.site = site
         self._block = block
@@ -105,11 +123,17 @@ class ClassEmbeddingProjection(PatchAttribution):
         return choose([self._block], len(self.vit.blocks), "block")[0]
 
     def needs(self) -> Needs:
-        return Needs(any_rows(self.vit), (), sites={self.site: ALL}, site_blocks=(self.block,))
+        names = ("values", "attn_path") if self.site == "value" else (self.site,)
+        sites = dict.fromkeys(names, ALL)
+        return Needs(any_rows(self.vit), (), sites=sites, site_blocks=(self.block,))
 
     def _tokens(self, done: ForwardPass) -> Tensor:
         assert done.recording is not None
-        tokens: Tensor = done.recording[self.site][self.block]
+        if self.site == "value":
+            with no_autocast(done.logits.device):
+                tokens = _value_tokens(done.recording, self.block)
+        else:
+            tokens = done.recording[self.site][self.block]
         if tokens.shape[1] <= self.vit.prefix_tokens:
             raise UnsupportedModelError(
                 f"{self.site} of block {self.block} holds no patch tokens: these blocks of "

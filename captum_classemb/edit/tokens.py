@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from captum_classemb.errors import InputError, UnsupportedModelError
+from captum_classemb.hooks import before, hooks_removed
+from captum_classemb.readout import Readout
 from captum_classemb.vit.parts import Call, ViT
 
 
@@ -117,12 +120,32 @@ def refuse_class_attention(vit: ViT) -> None:
         )
 
 
-def run_blocks(vit: ViT, tokens: Tensor) -> Tensor:
+def block_calls(
+    vit: ViT, inputs: Tensor, forward_args: tuple[Any, ...] = ()
+) -> tuple[Tensor, list[Call]]:
+    """The logits of images, and how each block was called on the way, without gradients."""
+    calls: list[Call] = []
+
+    def enter(args: tuple[Any, ...], kwargs: Any) -> None:
+        calls.append(Call(args, dict(kwargs)))
+
+    hooks = [before(block.module, enter) for block in vit.blocks]
+    with hooks_removed(hooks), torch.no_grad():
+        logits = vit(inputs, *forward_args)
+    return logits, calls
+
+
+def run_blocks(
+    vit: ViT, tokens: Tensor, calls: Sequence[Call], readout: Readout | None = None
+) -> Tensor:
     """The logits that follow from the tokens entering the first block.
 
     Args:
-        vit: an adapted model with absolute position embeddings and a readout of its own.
-        tokens: ``resid_pre`` of block 0, or some of its rows, B×N×D.
+        vit: an adapted model with absolute position embeddings.
+        tokens: what enters block 0, or some of its rows, B×N×D.
+        calls: how each block is called, from :func:`block_calls`; the tokens take the place of
+            those that entered then.
+        readout: what reads the last tokens; the model's own by default.
 
     Returns:
         B×C, without gradients.
@@ -132,15 +155,21 @@ def run_blocks(vit: ViT, tokens: Tensor) -> Tensor:
             are of class attention.
     """
     refuse_class_attention(vit)
-    for attention in (attention for block in vit.blocks for attention in block.attentions):
-        if attention.bias(Call((), {}), slice(0, 1)) is not None:
-            raise UnsupportedModelError(
-                f"attention of {type(vit.model).__qualname__} reads positions itself, so its "
-                "blocks cannot be run on tokens alone: a model with absolute position embeddings "
-                "can; perturb pixels instead."
-            )
+    own = (attention for block in vit.blocks for attention in block.attentions)
+    beside = [value for call in calls for value in (*call.args, *call.kwargs.values())[1:]]
+    held = any(isinstance(value, (Tensor, tuple, list)) and len(value) for value in beside)
+    if held or any(attention.bias(Call((), {}), slice(0, 1)) is not None for attention in own):
+        raise UnsupportedModelError(
+            f"attention of {type(vit.model).__qualname__} reads positions itself, so its "
+            "blocks cannot be run on tokens alone: a model with absolute position embeddings "
+            "can; perturb pixels instead."
+        )
+    readout = vit.readout if readout is None else readout
     with torch.no_grad():
-        for block in vit.blocks:
-            output = block.module(tokens)
+        for block, call in zip(vit.blocks, calls, strict=True):
+            named = dict(call.kwargs)
+            if not call.args:
+                named[next(iter(named))] = tokens
+            output = block.module(*((tokens, *call.args[1:]) if call.args else ()), **named)
             tokens = output[0] if isinstance(output, tuple) else output
-        return vit.readout(tokens[:, vit.readout.reads])  # type: ignore[no-any-return]
+        return readout(tokens[:, readout.reads])  # type: ignore[no-any-return]

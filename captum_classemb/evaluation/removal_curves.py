@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_classemb.edit import remove_tokens
-from captum_classemb.edit.tokens import keep_tokens, removable_tokens, run_blocks
+from captum_classemb.edit.tokens import block_calls, keep_tokens, removable_tokens, run_blocks
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.evaluation.areas import removal_counts
 from captum_classemb.evaluation.removal_order import outcomes, patch_sums, removal_order
 from captum_classemb.functional.grid import tile
-from captum_classemb.vit import ViT, adapt, record
+from captum_classemb.vit import Call, ViT, adapt
 
 Perturbation = Literal["tokens", "mean", "blur"]
 
@@ -113,13 +113,13 @@ def _kept(order: Tensor, removed: Tensor) -> Iterator[Tensor]:
 
 
 def _without_tokens(vit: ViT, inputs: Tensor, order: Tensor, removed: Tensor) -> Iterator[Tensor]:
-    recording = record(vit, inputs, ["resid_pre"], blocks=[0])
-    tokens: Tensor = recording["resid_pre"][0]
-    yield recording.logits.repeat(2, 1)
-    if _resumes(vit, tokens[:1], recording.logits[:1]):
+    whole, calls = block_calls(vit, inputs)
+    tokens = calls[0].argument(vit.blocks[0].stream)
+    yield whole.repeat(2, 1)
+    if _resumes(vit, tokens[:1], calls, whole[:1]):
         pairs = tokens.repeat(2, 1, 1)
         for kept in _kept(order, removed):
-            yield run_blocks(vit, keep_tokens(pairs, kept, vit.prefix_tokens))
+            yield run_blocks(vit, keep_tokens(pairs, kept, vit.prefix_tokens), calls)
         return
     # More than tokens enters the blocks (rotary positions, tables): the model itself is run.
     pairs = inputs.repeat(2, 1, 1, 1)
@@ -128,10 +128,10 @@ def _without_tokens(vit: ViT, inputs: Tensor, order: Tensor, removed: Tensor) ->
             yield vit(pairs)
 
 
-def _resumes(vit: ViT, tokens: Tensor, logits: Tensor) -> bool:
+def _resumes(vit: ViT, tokens: Tensor, calls: Sequence[Call], logits: Tensor) -> bool:
     """Whether the rest of the model, run from its tokens, is the model."""
     try:
-        resumed = run_blocks(vit, tokens).to(logits)
+        resumed = run_blocks(vit, tokens, calls).to(logits)
     except UnsupportedModelError:
         return False
     # Half precision rounds at other places in a batch of one; a missing part is of the size of 1.

@@ -17,7 +17,8 @@ from captum_classemb.attr.together import SharedPass
 from captum_classemb.errors import InputError
 from captum_classemb.functional.identifiability import identifiability
 from captum_classemb.readout import Readout
-from captum_classemb.vit import ALL, ViT
+from captum_classemb.vit import ViT
+from captum_classemb.vit.record import ALL
 
 Floats = npt.NDArray[np.floating]
 

@@ -51,15 +51,16 @@ class TextEmbedding(Readout):
         """The readout that gives the image embedding."""
         return self._image[0]
 
-    def _scores(self, embedding: Tensor) -> Tensor:
+    def scores(self, embedding: Tensor) -> Tensor:
+        """Scores of image embeddings, scale · cos + bias: …×F to …×C."""
         unit = torch.nn.functional.normalize(embedding, dim=-1)
         return unit @ self.text.to(unit).T + self.bias
 
     def forward(self, rows: Tensor) -> Tensor:
-        return self._scores(self.image(rows))
+        return self.scores(self.image(rows))
 
     def project(self, tokens: Tensor, target: Tensor | None = None) -> Tensor:
-        scores = self._scores(self.image.project(tokens))
+        scores = self.scores(self.image.project(tokens))
         if target is None:
             return scores
         return scores.gather(-1, target[:, None, None].expand(*scores.shape[:2], 1))[..., 0]

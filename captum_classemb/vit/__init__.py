@@ -4,6 +4,7 @@ from captum_classemb.vit.adapt import adapt, register_adapter, supported_familie
 from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT, split_heads
 from captum_classemb.vit.record import SITES, Recording, record
 from captum_classemb.vit.verify import identities, verify
+from captum_classemb.vit.zero_shot import zero_shot
 
 __all__ = [
     "MLP",
@@ -20,4 +21,5 @@ __all__ = [
     "split_heads",
     "supported_families",
     "verify",
+    "zero_shot",
 ]

@@ -3,46 +3,87 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.vit.checks import reading
-from captum_classemb.vit.parts import ViT
+from captum_classemb.vit.inside import read_inside
+from captum_classemb.vit.parts import ViT, uncompiled
 
 __all__ = ["Adapter", "adapt", "register_adapter", "supported_families"]
 
 Adapter = Callable[[nn.Module], ViT]
 
-# Qualified class names, so that no library is imported before one of its models is seen.
+_HUGGING_FACE = {
+    "vit": {"ViTForImageClassification": "classifier", "ViTModel": "encoder"},
+    "vit_msn": {"ViTMSNForImageClassification": "classifier", "ViTMSNModel": "encoder"},
+    "deit": {
+        "DeiTForImageClassification": "classifier",
+        "DeiTForImageClassificationWithTeacher": "classifier",
+        "DeiTModel": "encoder",
+    },
+    "beit": {"BeitForImageClassification": "classifier", "BeitModel": "encoder"},
+    "data2vec": {
+        "Data2VecVisionForImageClassification": "classifier",
+        "Data2VecVisionModel": "encoder",
+    },
+    "dinov2": {"Dinov2ForImageClassification": "classifier", "Dinov2Model": "encoder"},
+    "dinov2_with_registers": {
+        "Dinov2WithRegistersForImageClassification": "classifier",
+        "Dinov2WithRegistersModel": "encoder",
+    },
+    "dinov3_vit": {"DINOv3ViTModel": "encoder"},
+    "ijepa": {"IJepaForImageClassification": "classifier", "IJepaModel": "encoder"},
+    "clip": {
+        "CLIPForImageClassification": "classifier",
+        "CLIPVisionModel": "encoder",
+        "CLIPVisionModelWithProjection": "image_encoder",
+        "CLIPModel": "image_encoder",
+    },
+    "siglip": {
+        "SiglipForImageClassification": "classifier",
+        "SiglipVisionModel": "image_encoder",
+        "SiglipModel": "image_encoder",
+    },
+    "siglip2": {
+        "Siglip2ForImageClassification": "classifier",
+        "Siglip2VisionModel": "image_encoder",
+        "Siglip2Model": "image_encoder",
+    },
+}
+
+_ROOM = "captum_classemb.vit"
+#: Qualified class names, so that no library is imported before one of its models is seen, with the
+#: module and function that adapt them.
 _BUILT_IN = {
-    "timm.models.vision_transformer.VisionTransformer": "captum_classemb.vit.timm",
-    "timm.models.deit.VisionTransformerDistilled": "captum_classemb.vit.timm",
-    "timm.models.eva.Eva": "captum_classemb.vit.timm",
-    "timm.models.beit.Beit": "captum_classemb.vit.timm",
-    "timm.models.cait.Cait": "captum_classemb.vit.timm",
-    "timm.models.naflexvit.NaFlexVit": "captum_classemb.vit.timm",
-    "timm.models.vision_transformer_relpos.VisionTransformerRelPos": "captum_classemb.vit.timm",
-    "torchvision.models.vision_transformer.VisionTransformer": "captum_classemb.vit.torchvision",
     **dict.fromkeys(
         (
-            "transformers.models.vit.modeling_vit.ViTForImageClassification",
-            "transformers.models.vit_msn.modeling_vit_msn.ViTMSNForImageClassification",
-            "transformers.models.deit.modeling_deit.DeiTForImageClassification",
-            "transformers.models.deit.modeling_deit.DeiTForImageClassificationWithTeacher",
-            "transformers.models.beit.modeling_beit.BeitForImageClassification",
-            "transformers.models.dinov2.modeling_dinov2.Dinov2ForImageClassification",
-            "transformers.models.siglip.modeling_siglip.SiglipForImageClassification",
-            "transformers.models.siglip.modeling_siglip.SiglipVisionModel",
-            "transformers.models.siglip.modeling_siglip.SiglipModel",
-            "transformers.models.clip.modeling_clip.CLIPModel",
-            "transformers.models.clip.modeling_clip.CLIPVisionModelWithProjection",
+            "timm.models.vision_transformer.VisionTransformer",
+            "timm.models.deit.VisionTransformerDistilled",
+            "timm.models.eva.Eva",
+            "timm.models.beit.Beit",
+            "timm.models.cait.Cait",
+            "timm.models.naflexvit.NaFlexVit",
+            "timm.models.vision_transformer_relpos.VisionTransformerRelPos",
         ),
-        "captum_classemb.vit.huggingface",
+        ("timm", "adapt_timm"),
     ),
+    "open_clip.transformer.VisionTransformer": ("open_clip", "adapt_tower"),
+    "torchvision.models.vision_transformer.VisionTransformer": (
+        "torchvision",
+        "adapt_torchvision",
+    ),
+    **{
+        f"transformers.models.{family}.modeling_{family}{suffix}.{name}": (
+            "huggingface",
+            f"adapt_{kind}",
+        )
+        for family, classes in _HUGGING_FACE.items()
+        for suffix in ("_vision" if family == "data2vec" else "",)
+        for name, kind in classes.items()
+    },
 }
 
 _registered: dict[str, Adapter] = {}
@@ -106,65 +147,77 @@ def _read(model: nn.Module) -> ViT:
     inner = _unwrap(model)
     if inner is not None:
         return _read(inner)
-    if type(model) is nn.Sequential and len(model) > 0:
-        return _after_preprocessing(model)
-    for ancestor in type(model).__mro__:
-        name = f"{ancestor.__module__}.{ancestor.__qualname__}"
-        if name not in _registered and name in _BUILT_IN:
-            importlib.import_module(_BUILT_IN[name])
-        if name in _registered:
-            return _registered[name](model)
+    adapter = _adapter_of(model)
+    if adapter is not None:
+        return adapter(model)
     reason = _known_refusal(model)
     if reason is not None:
         raise UnsupportedModelError(reason)
-    families = ", ".join(sorted({name.rsplit(".", 1)[1] for name in supported_families()}))
-    raise UnsupportedModelError(
-        f"{type(model).__module__}.{type(model).__qualname__} is no Vision Transformer that this "
-        f"library knows: neither it nor a base class has an adapter (there are adapters for "
-        f"{families}); see register_adapter for models of your own."
-    )
+    found = dict(_outermost(model, ""))
+    if not found:
+        for inner in model.modules():
+            reason = _known_refusal(inner)
+            if reason is not None:
+                raise UnsupportedModelError(reason)
+    name = f"{type(model).__module__}.{type(model).__qualname__}"
+    if not found:
+        raise UnsupportedModelError(
+            f"{name} is no Vision Transformer that this library knows, and holds none: see "
+            "register_adapter for models of your own."
+        )
+    if len(found) > 1:
+        listed = ", ".join(f"`model.{path}`" for path in found.values())
+        raise UnsupportedModelError(
+            f"{name} holds {len(found)} Vision Transformers: pass one of {listed}."
+        )
+    ((vit, path),) = found.items()
+    return read_inside(model, path, _read(vit))
+
+
+def _adapter_of(model: nn.Module) -> Adapter | None:
+    for ancestor in type(model).__mro__:
+        name = f"{ancestor.__module__}.{ancestor.__qualname__}"
+        if name in _registered:
+            return _registered[name]
+        if name in _BUILT_IN:
+            module, function = _BUILT_IN[name]
+            adapter: Adapter = getattr(importlib.import_module(f"{_ROOM}.{module}"), function)
+            return adapter
+    return None
+
+
+def _outermost(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
+    """The outermost submodules that can be adapted, with their names."""
+    for name, child in model.named_children():
+        if _adapter_of(child) is not None:
+            yield child, path + name
+        else:
+            yield from _outermost(child, f"{path}{name}.")
 
 
 def _unwrap(model: nn.Module) -> nn.Module | None:
     """The model inside a wrapper that computes the same: compiled, parallel, or with adapters."""
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return model.module  # type: ignore[no-any-return]
-    compiled = getattr(model, "_orig_mod", None)
-    if isinstance(compiled, nn.Module):
-        # Hooks set after compilation may be ignored; the modules inside are the same.
-        return compiled
+    module = getattr(model, "module", None)
+    if isinstance(module, nn.Module) and type(model).__name__ in _COPIES:
+        return module
+    if uncompiled(model) is not model:
+        return uncompiled(model)
+    if type(model).__module__.startswith("open_clip.") and hasattr(model, "visual"):
+        return model.visual  # type: ignore[return-value]
     if any(ancestor.__module__.startswith("peft.") for ancestor in type(model).__mro__):
         return model.get_base_model()  # type: ignore[operator, no-any-return]
     return None
 
 
-def _after_preprocessing(model: nn.Sequential) -> ViT:
-    """``Sequential(preprocessing, vit)``: inputs are what the preprocessing takes."""
-    inner = _read(model[-1])
-    fixed = inner.image_size
-    grid = inner.grid if fixed is None else partial(_fixed_grid, inner, fixed)
-    vit = ViT(
-        model,
-        inner.blocks,
-        inner.readout if inner.has_readout else None,
-        inner.prefix_tokens,
-        inner.patch_size,
-        None,
-        inner.channels,
-        grid,
-    )
-    vit.resized_to = fixed
-    vit.call = partial(_preprocessed, inner, model)
-    return vit
-
-
-def _fixed_grid(inner: ViT, fixed: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    return inner.grid(fixed)
-
-
-def _preprocessed(inner: ViT, model: nn.Sequential, *args: Any) -> Any:
-    return inner(model[:-1](*args))
-
+_COPIES = {
+    "DataParallel",
+    "DistributedDataParallel",
+    "AveragedModel",
+    "ModelEma",
+    "ModelEmaV2",
+    "ModelEmaV3",
+}
+"""Classes of torch and timm that compute what their ``module`` computes."""
 
 _NO_SINGLE_GRID = {
     "attends within windows and merges patches between stages": (
@@ -178,6 +231,8 @@ _NO_SINGLE_GRID = {
     "has tokens within tokens": ("TNT",),
 }  # fmt: skip
 
+_CONVOLUTIONAL = ("ResNet", "ConvNeXt", "EfficientNet", "MobileNet", "RegNet", "DenseNet", "VGG")
+
 _OTHER_ATTENTION = {
     "Xcit": "attends over channels, not over tokens",
     "ConVit": "mixes attention with positions behind a gate of each head",
@@ -188,6 +243,8 @@ def _known_refusal(model: nn.Module) -> str | None:
     """Why a known transformer that is no plain one is refused; None for other models."""
     name = type(model).__qualname__
     full = f"{type(model).__module__}.{name}"
+    if any(family.lower() in name.lower() for family in _CONVOLUTIONAL):
+        return f"{full} is a convolutional network: it has no patch tokens to explain."
     for reason, families in _NO_SINGLE_GRID.items():
         if any(family.lower() in name.lower() for family in families):
             return (

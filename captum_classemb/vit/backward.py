@@ -6,7 +6,7 @@ each attention module returns needs a derivative.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,15 +110,18 @@ def watched(vit: ViT) -> Iterator[AttentionTape]:
 
 
 def attention_gradients(
-    vit: ViT, inputs: Tensor, target: Tensor, forward_args: tuple[Any, ...] = ()
+    vit: ViT,
+    inputs: Tensor,
+    cotangent: Callable[[Tensor], Tensor],
+    forward_args: tuple[Any, ...] = (),
 ) -> list[tuple[Tensor, Tensor]]:
     """A and ∂logit/∂A of every block, by one forward and one backward pass.
 
     Args:
         vit: an adapted model.
         inputs: images, B×3×H×W.
-        target: the class whose logit is explained, B.
-        forward_args: further positional arguments of the model.
+        cotangent: ∂logit/∂ of the last block's tokens, given these, B×N×D both.
+        forward_args: further arguments of the model.
 
     Returns:
         for each block A and its derivative, B×H×N×N both.
@@ -128,9 +131,10 @@ def attention_gradients(
             apart from its block.
     """
     with watched(vit) as tape:
-        score = vit(inputs, *forward_args).gather(1, target[:, None]).sum()
-        depth = range(len(vit.blocks))
-        gradients = torch.autograd.grad(score, [tape.output(block) for block in depth])
+        vit(inputs, *forward_args)
+        final, depth = tape.resid_post[-1], range(len(vit.blocks))
+        outputs = [tape.output(block) for block in depth]
+        gradients = torch.autograd.grad(final, outputs, cotangent(final))
     return [(tape.weights(b), tape.gradient(b, gradients[b])) for b in depth]
 
 

@@ -117,6 +117,7 @@ class _Recorder:
     def _regular(self, block: Block) -> bool:
         stop = self.rows.stop
         few = stop is not None and 0 < stop <= max(self.vit.prefix_tokens, 1)
+        few &= block.attentions[0].heads == self.vit.blocks[0].attentions[0].heads
         single = len(block.attentions) == len(block.mlps) == 1 and not block.parallel
         return few and single and block.attentions[0].module is not block.module
 

@@ -19,8 +19,9 @@ from captum_classemb.functional.attention import attention_weights
 from captum_classemb.functional.grid import patch_index
 from captum_classemb.functional.precision import refuse_non_finite, upcast
 from captum_classemb.readout import Linear, OutputPath, Readout, Step
+from captum_classemb.readout.features import Features
 
-__all__ = ["MLP", "Attention", "Block", "Call", "ViT", "split_heads"]
+__all__ = ["MLP", "Attention", "Block", "Call", "ViT", "logits_of", "split_heads", "uncompiled"]
 
 
 @dataclass
@@ -238,6 +239,35 @@ class Block:
     stream: int = 0
 
 
+def logits_of(output: Any, model: str) -> Tensor:
+    """The one tensor of logits or features of an image among what a model returned.
+
+    Raises:
+        UnsupportedModelError: if there is none, or several and none is named ``logits``.
+    """
+    for name in ("logits", "image_embeds", "pooler_output", "last_hidden_state"):
+        if isinstance(output, Tensor):
+            return output
+        named = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        output = named if isinstance(named, Tensor) else output
+    if isinstance(output, (tuple, list, Mapping)):
+        each = list(output.values()) if isinstance(output, Mapping) else output
+        found = [one for one in each if isinstance(one, Tensor) and one.dim() == 2]
+        output = found[0] if len(found) == 1 else output
+    if not isinstance(output, Tensor):
+        raise UnsupportedModelError(
+            f"{model} returned {type(output).__qualname__}, not a tensor of logits: return the "
+            "logits alone, or under the name 'logits'."
+        )
+    return output
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` was given, which computes the same."""
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else module
+
+
 def split_heads(tokens: Tensor, heads: int) -> Tensor:
     """B×N×(H·d) to B×H×N×d."""
     batch, count, width = tokens.shape
@@ -255,6 +285,7 @@ _FACTS = (
     "_grid",
     "resized_to",
     "call",
+    "features",
 )
 
 
@@ -269,6 +300,8 @@ class ViT(nn.Module):
         patch_size: height and width of a patch in pixels.
         image_size: the only image size the model takes, or None if it takes any.
         channels: the number of image channels.
+        grid: the patch grid of an image size; by default as many patches as cover it.
+        features: what a head reads of the last tokens, where it is known.
     """
 
     def __init__(
@@ -281,6 +314,7 @@ class ViT(nn.Module):
         image_size: tuple[int, int] | None,
         channels: int = 3,
         grid: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
+        features: Features | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -292,6 +326,7 @@ class ViT(nn.Module):
         self.image_size = image_size
         self.channels = channels
         self._grid = grid
+        self.features = features
         #: The adapter that read the model, called again where its modules change.
         self.adapter: Callable[[nn.Module], ViT] | None = None
         #: States of structure and weights for which the reading of the model was verified.
@@ -313,15 +348,13 @@ class ViT(nn.Module):
             self.__dict__[name] = fresh.__dict__[name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        output = (self.model if self.call is None else self.call)(*args, **kwargs)
-        for name in ("logits", "image_embeds", "pooler_output"):
-            output = output if isinstance(output, Tensor) else getattr(output, name, output)
-        if not isinstance(output, Tensor):
-            raise UnsupportedModelError(
-                f"{type(self.model).__qualname__} returned {type(output).__qualname__}, "
-                "not a tensor of logits."
-            )
-        return output
+        # Captum has no other way to hand on keyword arguments.
+        if len(args) > 1 and isinstance(args[-1], Mapping):
+            args, kwargs = args[:-1], {**args[-1], **kwargs}
+        # Compiled code does not call hooks that were set after its first call.
+        with torch.compiler.set_stance("force_eager"):
+            output = (self.model if self.call is None else self.call)(*args, **kwargs)
+        return logits_of(output, type(self.model).__qualname__)
 
     @property
     def readout(self) -> Readout:
@@ -337,6 +370,32 @@ class ViT(nn.Module):
                 "give a readout=, or a model with a classification head."
             )
         return readout
+
+    def read_with(self, readout: nn.Module | None) -> Readout | None:
+        """A readout as it is given, or what any small module makes of the pooled tokens.
+
+        Args:
+            readout: a readout; None; or a module, which reads what the model's own head reads: a
+                first linear layer of width D the pooled tokens, one of width 2D CLS beside the
+                mean patch.
+
+        Raises:
+            InputError: if it is neither, or of another width.
+            UnsupportedModelError: if it is not known what a head reads.
+        """
+        if readout is None or isinstance(readout, Readout):
+            return readout
+        if not isinstance(readout, nn.Module):
+            raise InputError(
+                f"readout is a {type(readout).__qualname__}: a Readout or a module that reads the "
+                "pooled tokens is needed."
+            )
+        if self.features is None:
+            raise UnsupportedModelError(
+                f"it is not known what a head of {type(self.model).__qualname__} reads: give a "
+                "Readout of captum_classemb.readout instead of a module."
+            )
+        return self.features.read_by(readout)
 
     @property
     def has_readout(self) -> bool:
@@ -395,8 +454,14 @@ class ViT(nn.Module):
         index = patch_index(image_size, self.grid(image_size), patch)
         return index[None, None]
 
-    def check_inputs(self, inputs: Tensor, finite: bool = True) -> None:
-        """Raise InputError unless ``inputs`` is a batch of images that the model takes."""
+    def check_inputs(
+        self, inputs: Tensor, finite: bool = True, forward_args: tuple[Any, ...] = ()
+    ) -> None:
+        """Raise InputError unless ``inputs`` is a batch of images that the model takes.
+
+        Hugging Face's models take any size where ``interpolate_pos_encoding`` is among the further
+        arguments.
+        """
         if inputs.dim() != 4:
             raise InputError(
                 f"inputs have shape {tuple(inputs.shape)}: a batch of images "
@@ -407,7 +472,10 @@ class ViT(nn.Module):
                 f"inputs have {inputs.shape[1]} channels: the model takes {self.channels}."
             )
         size = (inputs.shape[2], inputs.shape[3])
-        if self.image_size is not None and size != self.image_size:
+        named = forward_args[-1] if forward_args else None
+        named = named.get("interpolate_pos_encoding") if isinstance(named, Mapping) else False
+        any_size = named is True or any(argument is True for argument in forward_args)
+        if not any_size and self.image_size is not None and size != self.image_size:
             wanted = f"{self.image_size[0]}×{self.image_size[1]}"
             raise InputError(f"inputs are {size[0]}×{size[1]} pixels: the model takes {wanted}.")
         self.grid(size)

@@ -9,18 +9,10 @@ from timm.layers import global_pool_nlc
 from torch import Tensor, nn
 
 from captum_classemb.errors import InputError, UnsupportedModelError
-from captum_classemb.readout import (
-    AttentionPooled,
-    ClassEmbedding,
-    FunctionReadout,
-    Linear,
-    Norm,
-    Part,
-    Readout,
-)
+from captum_classemb.readout import ClassEmbedding, FunctionReadout, Norm, Part, Readout
 from captum_classemb.readout.attention_pooled import TimmLatentPool
-from captum_classemb.vit.adapt import register_adapter
-from captum_classemb.vit.parts import ViT
+from captum_classemb.readout.features import Features, head_size, linear_head
+from captum_classemb.vit.parts import ViT, uncompiled
 from captum_classemb.vit.timm_attention import TimmAttention
 from captum_classemb.vit.timm_blocks import read_block
 
@@ -33,34 +25,41 @@ def _norm(model: Any, name: str) -> Norm | None:
     return None if module is None or isinstance(module, nn.Identity) else Norm(module)
 
 
-def _readout(model: Any) -> Readout | None:
-    if isinstance(model.head, nn.Identity):
-        return None
-    token_norm, pooled_norm = _norm(model, "norm"), _norm(model, "fc_norm")
-    if hasattr(model, "head_dist"):
-        parts = [
-            Part(Linear(model.head), slice(0, 1), 0.5),
-            Part(Linear(model.head_dist), slice(1, 2), 0.5),
-        ]
-        return ClassEmbedding(parts, token_norm, None, model.num_classes)
-    pooling = model.global_pool
+def _features(model: Any) -> Features | None:
+    """What a head reads, where the pooling is one of those that are known."""
+    pooling, prefix = model.global_pool, model.num_prefix_tokens
+    cls = pooling in ("", None, "token") or hasattr(model, "head_dist")
     # Eva's attention pool reads prefix tokens too; the others say by this flag whether they do.
     with_prefix = getattr(model, "pool_include_prefix", _pool(model) is not None)
-    first = 0 if with_prefix else model.num_prefix_tokens
-    patches = slice(first, None)
-    if not pooling:
+    tokens = slice(0, 1) if cls and prefix else slice(0 if with_prefix else prefix, None)
+    latent = type(_pool(model)).__name__ == "AttentionPoolLatent"
+    if not (cls or pooling == "avg" or latent):
+        return None
+    pool = TimmLatentPool(model.attn_pool) if latent and not cls else None
+    norms = _norm(model, "norm"), _norm(model, "fc_norm")
+    return Features((tokens,), model.embed_dim, prefix, *norms, pool)
+
+
+def _readout(model: Any, features: Features | None) -> Readout | None:
+    if isinstance(model.head, nn.Identity):
+        return None
+    if hasattr(model, "head_dist"):
+        parts = [
+            Part(linear_head(head), slice(i, i + 1), 0.5)
+            for i, head in enumerate((model.head, model.head_dist))
+        ]
+        return ClassEmbedding(parts, _norm(model, "norm"), None, model.num_classes)
+    if not model.global_pool:
         raise UnsupportedModelError(
             f"{type(model).__qualname__} does not pool its tokens (global_pool=''), "
             "so it has no logits of an image."
         )
-    tokens = slice(0, 1) if pooling == "token" else patches
-    head, classes = linear_head(model.head), head_size(model.head)
-    if head is not None and pooling in ("token", "avg"):
-        return ClassEmbedding([Part(head, tokens)], token_norm, pooled_norm, classes)
-    if head is not None and type(_pool(model)).__name__ == "AttentionPoolLatent":
-        pool = TimmLatentPool(model.attn_pool)
-        return AttentionPooled(pool, head, patches, classes, token_norm, pooled_norm)
-    return FunctionReadout(partial(_pool_and_head, model), tokens, classes)
+    if features is not None:
+        return features.read_by(model.head)
+    first = 0 if getattr(model, "pool_include_prefix", True) else model.num_prefix_tokens
+    return FunctionReadout(
+        partial(_pool_and_head, model), slice(first, None), head_size([model.head], 0)
+    )
 
 
 def _pool(model: Any) -> nn.Module | None:
@@ -68,36 +67,12 @@ def _pool(model: Any) -> nn.Module | None:
 
 
 def _pool_and_head(model: Any, rows: Tensor) -> Tensor:
-    """Any other pooling or head, through the model's own modules, on the rows that are read."""
+    """Any other pooling, through the model's own modules, on the rows that are read."""
     tokens, pool = model.norm(rows), _pool(model)
     pooled = global_pool_nlc(tokens, model.global_pool, 0, True) if pool is None else pool(tokens)
     after: Any = getattr(model, "fc_norm", None) or nn.Identity()
     logits: Tensor = model.head(after(pooled))
     return logits
-
-
-def linear_head(head: nn.Module) -> Linear | None:
-    """A head that is one linear layer, dropout aside, as a step; None for any other."""
-    layers = list(head) if isinstance(head, nn.Sequential) else [head]
-    layers = [m for m in layers if not isinstance(m, (nn.Dropout, nn.Identity))]
-    if len(layers) == 1 and hasattr(layers[0], "in_features"):
-        return Linear(layers[0])
-    return None
-
-
-def head_size(head: nn.Module) -> int:
-    """The number of classes: the width of the head's last linear layer.
-
-    Raises:
-        UnsupportedModelError: if it has none.
-    """
-    linears: list[Any] = [m for m in head.modules() if hasattr(m, "out_features")]
-    if not linears:
-        raise UnsupportedModelError(
-            f"the head {type(head).__qualname__} has no linear layer, so the number of "
-            "classes is not known."
-        )
-    return int(linears[-1].out_features)
 
 
 def _image_size(model: Any) -> tuple[int, int] | None:
@@ -107,6 +82,13 @@ def _image_size(model: Any) -> tuple[int, int] | None:
         return None
     height, width = size
     return int(height), int(width)
+
+
+def _channels(model: Any) -> int:
+    """The channels of the stem's first convolution, which may have been replaced."""
+    embed = getattr(model, "patch_embed", nn.Identity())
+    convolutions = (m.in_channels for m in embed.modules() if isinstance(m, nn.Conv2d))
+    return next(convolutions, int(model.in_chans))
 
 
 def _patch_size(model: Any) -> tuple[int, int]:
@@ -130,13 +112,6 @@ def _grid(model: Any, size: tuple[int, int]) -> tuple[int, int]:
     return int(h), int(w)
 
 
-@register_adapter("timm.models.vision_transformer.VisionTransformer")
-@register_adapter("timm.models.deit.VisionTransformerDistilled")
-@register_adapter("timm.models.eva.Eva")
-@register_adapter("timm.models.beit.Beit")
-@register_adapter("timm.models.vision_transformer_relpos.VisionTransformerRelPos")
-@register_adapter("timm.models.naflexvit.NaFlexVit")
-@register_adapter("timm.models.cait.Cait")
 def adapt_timm(model: nn.Module) -> ViT:
     """Adapt a plain Vision Transformer of timm.
 
@@ -147,13 +122,15 @@ def adapt_timm(model: nn.Module) -> ViT:
     # CaiT's CLS token passes through its class-attention blocks alone.
     blocks = getattr(vit, "blocks_token_only", None) or vit.blocks
     told = hasattr(getattr(vit, "patch_embed", None), "dynamic_feat_size")
+    features = _features(vit)
     return ViT(
         model,
-        [read_block(block) for block in blocks],
-        _readout(vit),
+        [read_block(uncompiled(block)) for block in blocks],
+        _readout(vit, features),
         vit.num_prefix_tokens,
         _patch_size(vit),
         _image_size(vit),
-        channels=vit.in_chans,
+        channels=_channels(vit),
         grid=partial(_grid, vit) if told else None,
+        features=features,
     )

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_classemb.errors import UnsupportedModelError
-from captum_classemb.readout import Activation, ClassEmbedding, Linear, Norm, Part
-from captum_classemb.vit.adapt import register_adapter
-from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT, split_heads
+from captum_classemb.readout import Activation, Linear, Norm, Step
+from captum_classemb.readout.features import Features, layers_of
+from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT, split_heads, uncompiled
 
 __all__ = ["TorchAttention", "adapt_torchvision"]
 
@@ -22,8 +22,13 @@ class TorchAttention(Attention):
     once more from the tokens that went in.
     """
 
-    def __init__(self, module: Any) -> None:
-        super().__init__(module, module.num_heads, module.out_proj)
+    def __init__(self, module: Any, outer: tuple[Step, ...] = ()) -> None:
+        if not module.batch_first:
+            raise UnsupportedModelError(
+                "nn.MultiheadAttention that takes tokens before the batch is not supported: build "
+                "the model with batch_first=True."
+            )
+        super().__init__(module, module.num_heads, module.out_proj, outer)
         self.projections = (Linear(module, names=("in_proj_weight", "in_proj_bias")),)
 
     def _project(self, tokens: Tensor, index: int) -> Tensor:
@@ -46,21 +51,14 @@ class TorchAttention(Attention):
         # The kernel reads W_O's weight without calling the module, so no hook sees what enters it.
         return self.mixed(call, rows)
 
+    def bias(self, call: Call, rows: slice) -> Tensor | None:
+        if any(call.kwargs.get(name) is not None for name in ("attn_mask", "key_padding_mask")):
+            raise UnsupportedModelError("attention masks that leave tokens out are not supported.")
+        return None
+
     def scale(self) -> float:
         module: Any = self.module
         return float(module.head_dim**-0.5)
-
-
-def _readout(model: Any) -> ClassEmbedding:
-    layers = list(model.heads.children()) if isinstance(model.heads, nn.Sequential) else []
-    if len(layers) != 1 or not isinstance(layers[0], nn.Linear):
-        raise UnsupportedModelError(
-            "torchvision's VisionTransformer is supported with a head of one linear layer, "
-            f"this one has {', '.join(type(layer).__name__ for layer in layers) or 'none'}."
-        )
-    head = layers[0]
-    norm = Norm(model.encoder.ln)
-    return ClassEmbedding([Part(Linear(head), slice(0, 1))], norm, None, head.out_features)
 
 
 def _block(layer: Any) -> Block:
@@ -71,10 +69,12 @@ def _block(layer: Any) -> Block:
     return Block(layer, (attention,), (mlp,))
 
 
-@register_adapter("torchvision.models.vision_transformer.VisionTransformer")
 def adapt_torchvision(model: nn.Module) -> ViT:
     """Adapt torchvision's ``VisionTransformer``."""
     vit: Any = model
-    blocks = [_block(layer) for layer in vit.encoder.layers]
-    size, patch = vit.image_size, vit.patch_size
-    return ViT(model, blocks, _readout(vit), 1, (patch, patch), (size, size))
+    blocks = [_block(uncompiled(layer)) for layer in vit.encoder.layers]
+    size, patch = (vit.image_size,) * 2, (vit.patch_size,) * 2
+    features = Features((slice(0, 1),), vit.hidden_dim, 1, Norm(vit.encoder.ln))
+    readout = features.read_by(vit.heads) if any(layers_of([vit.heads])) else None
+    channels = vit.conv_proj.weight.shape[1] if isinstance(vit.conv_proj, nn.Conv2d) else 3
+    return ViT(model, blocks, readout, 1, patch, size, channels, features=features)

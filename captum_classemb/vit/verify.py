@@ -88,7 +88,7 @@ def verify(vit: ViT, pixels: Tensor, forward_args: tuple[Any, ...] = ()) -> None
         return
     with reading(vit.model):
         vit.read_again()
-    vit.check_inputs(pixels)
+    vit.check_inputs(pixels, forward_args=forward_args)
     vit.quantised = any("quantized" in type(m).__module__ for m in vit.model.modules())
     tolerance = _tolerance(vit, pixels, WHOLE)
     # Further arguments may hold a row for each image of the batch.
@@ -127,7 +127,11 @@ def _in_float32(vit: ViT) -> Iterator[bool]:
     model = _Calling(vit.model, call or vit.model)
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     wide = {k: t.detach().float() if t.is_floating_point() else t for k, t in own.items()}
-    vit.call = partial(functional_call, model, wide)
+
+    def borrowing(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(model, wide, args, kwargs)
+
+    vit.call = borrowing
     try:
         device = next(iter(own.values())).device
         with torch.autocast(device.type, enabled=False):
@@ -145,8 +149,8 @@ class _Calling(nn.Module):
         # In a tuple, so that a module is not registered a second time.
         self.call = (call,)
 
-    def forward(self, *args: Any) -> Any:
-        return self.call[0](*args)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call[0](*args, **kwargs)
 
 
 def _state(vit: ViT) -> tuple[int, bool]:

@@ -65,12 +65,15 @@ def test_sites_and_blocks(site: str, block: int) -> None:
     known = case("layer scale")
     trace = known.oracle.trace
     pre, attn = trace.resid_pre[block], trace.branch[block]
+    layer: Any = known.model.blocks[block]  # type: ignore[index, union-attr]
+    values = trace.values[block].transpose(1, 2).flatten(2)
     tokens = {
         "resid_pre": pre,
         "attn_out": attn,
         "resid_mid": pre + attn,
         "mlp_out": trace.mlp_branch[block],
         "resid_post": trace.resid_post[block],
+        "value": layer.ls1(layer.attn.proj(values)),
     }[site].detach()
     expected = scored(alone(known, tokens), known.target, "logit")[:, 1:]
     method = ClassEmbeddingProjection(known.vit, site=site, block=block)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_classemb.edit import kept_tokens, remove_tokens
-from captum_classemb.edit.tokens import keep_tokens, removable_tokens, run_blocks
+from captum_classemb.edit.tokens import block_calls, keep_tokens, removable_tokens, run_blocks
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.vit import ViT, adapt, record
 
@@ -111,12 +111,12 @@ def test_removal_equals_masking(vit: ViT, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_running_the_blocks_equals_running_the_model(vit: ViT) -> None:
     images, keep = inputs(), some_patches()
-    recording = record(vit, images, ["resid_pre"], blocks=[0])
-    tokens = recording["resid_pre"][0]
-    assert torch.allclose(run_blocks(vit, tokens), recording.logits, rtol=1e-12, atol=1e-12)
+    logits, calls = block_calls(vit, images)
+    tokens = calls[0].input
+    assert torch.allclose(run_blocks(vit, tokens, calls), logits, rtol=1e-12, atol=1e-12)
     with torch.no_grad(), remove_tokens(vit, keep):
         expected = vit(images)
-    resumed = run_blocks(vit, keep_tokens(tokens, keep, vit.prefix_tokens))
+    resumed = run_blocks(vit, keep_tokens(tokens, keep, vit.prefix_tokens), calls)
     assert torch.allclose(resumed, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -181,7 +181,7 @@ def test_what_is_not_known_beside_the_tokens_is_refused() -> None:
 def test_blocks_that_read_positions_are_not_run_on_tokens_alone() -> None:
     vit = adapt(families.build("beit"))
     with pytest.raises(UnsupportedModelError, match="reads positions"):
-        run_blocks(vit, torch.zeros(1, 17, 24, dtype=torch.float64))
+        run_blocks(vit, torch.zeros(1, 17, 24, dtype=torch.float64), [])
 
 
 # -- Every family, images of a batch losing different numbers of patches

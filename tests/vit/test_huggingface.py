@@ -9,7 +9,7 @@ import torch
 from readout.test_probe import check_derivatives
 from torch import Tensor, nn
 
-from captum_classemb import ClassEmbeddingGradient, MemoryPatchImportance
+from captum_classemb import ClassEmbeddingGradient, MemoryPatchImportance, PatchImportance
 from captum_classemb.edit import knock_out, remove_tokens
 from captum_classemb.errors import InputError
 from captum_classemb.readout import ClassEmbedding
@@ -26,6 +26,7 @@ VISION: dict[str, Any] = {
     "patch_size": 8,
 }
 RELATIVE = {"use_relative_position_bias": True, "use_mean_pooling": True}
+ONLY_SHARED = {"use_relative_position_bias": False}
 SHARED = {"use_shared_relative_position_bias": True, "use_mean_pooling": False}
 CLASSIFIERS = [
     ("ViTForImageClassification", "ViTConfig", {}),
@@ -36,6 +37,25 @@ CLASSIFIERS = [
     ("BeitForImageClassification", "BeitConfig", SHARED),
     ("Dinov2ForImageClassification", "Dinov2Config", {"mlp_ratio": 2}),
     ("Dinov2ForImageClassification", "Dinov2Config", {"mlp_ratio": 2, "use_swiglu_ffn": True}),
+    ("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", {"mlp_ratio": 2}),
+    ("IJepaForImageClassification", "IJepaConfig", {}),
+    ("Data2VecVisionForImageClassification", "Data2VecVisionConfig", RELATIVE),
+    ("Data2VecVisionForImageClassification", "Data2VecVisionConfig", {**SHARED, **ONLY_SHARED}),
+    ("Data2VecVisionForImageClassification", "Data2VecVisionConfig", {**SHARED, **RELATIVE}),
+    ("CLIPForImageClassification", "CLIPConfig", {}),
+    ("SiglipForImageClassification", "SiglipConfig", {}),
+    ("Siglip2ForImageClassification", "Siglip2Config", {"num_patches": 16}),
+]
+ENCODERS = [
+    ("ViTModel", "ViTConfig", {}, 1),
+    ("DeiTModel", "DeiTConfig", {}, 2),
+    ("BeitModel", "BeitConfig", RELATIVE, 1),
+    ("Dinov2Model", "Dinov2Config", {"mlp_ratio": 2}, 1),
+    ("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", {"mlp_ratio": 2}, 5),
+    ("DINOv3ViTModel", "DINOv3ViTConfig", {"num_register_tokens": 2}, 3),
+    ("DINOv3ViTModel", "DINOv3ViTConfig", {"use_gated_mlp": True, "key_bias": True}, 1),
+    ("IJepaModel", "IJepaConfig", {}, 0),
+    ("CLIPVisionModel", "CLIPVisionConfig", {}, 1),
 ]
 
 
@@ -48,11 +68,25 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 def classifier(name: str, config: str, options: dict[str, Any], attention: str) -> nn.Module:
-    arguments = {**VISION, **options, "num_labels": 7, "attn_implementation": attention}
+    arguments = {**VISION, **options}
     if name.startswith("Dinov2"):
         del arguments["intermediate_size"]
-    settings = getattr(transformers, config)(**arguments)
+    if config in ("CLIPConfig", "SiglipConfig", "Siglip2Config"):
+        arguments = {"vision_config": arguments}
+    settings = getattr(transformers, config)(
+        **arguments, num_labels=7, attn_implementation=attention
+    )
     return randomised(getattr(transformers, name)(settings))
+
+
+def called(model: nn.Module, images: Tensor) -> Any:
+    """The model's own call, of SigLIP 2 on patches row by row, (row, column, channel) each."""
+    if not type(model).__name__.startswith("Siglip2"):
+        return model(images)
+    patches = images.unfold(2, 8, 8).unfold(3, 8, 8)  # B×3×h×w×8×8
+    patches = patches.permute(0, 2, 3, 4, 5, 1).reshape(len(images), 16, -1)
+    shapes = torch.tensor([[4, 4]] * len(images))
+    return model(patches, pixel_attention_mask=torch.ones(2, 16), spatial_shapes=shapes)
 
 
 def image_encoder(name: str, attention: str) -> nn.Module:
@@ -91,7 +125,7 @@ def test_classifiers(
     model = classifier(name, config, options, attention)
     vit = adapt(model)
     assert max(identities(vit, images).values()) <= tolerance
-    assert torch.equal(vit(images), model(images).logits)
+    assert torch.allclose(vit(images), called(model, images).logits, rtol=1e-12)
     ledger = MemoryPatchImportance(model).ledger(images, [1, 2])
     assert (ledger.delta.abs() <= tolerance * ledger.magnitude).all()
     gradient = ClassEmbeddingGradient(model)
@@ -99,6 +133,68 @@ def test_classifiers(
     for target in range(7):
         one = gradient.attribute_patches(images, target).sum((1, 2))
         assert (every[:, target] - one).abs().max() <= 1e-10 * one.abs().max()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("name", "config", "options", "prefix"), ENCODERS)
+def test_encoders_are_read_with_a_head(
+    name: str, config: str, options: Any, prefix: int, attention: str, images: Tensor
+) -> None:
+    model = classifier(name, config, options, attention)
+    assert adapt(model).prefix_tokens == prefix
+    assert max(identities(adapt(model), images).values()) <= 1e-6
+    widths = {1: {0: lambda t: t.mean(1)}.get(prefix, lambda t: t[:, 0])}
+    if config == "BeitConfig":  # mean pooling has its norm after the mean
+        widths = {1: lambda t: model.pooler(t)}  # type: ignore[operator]
+    if config == "CLIPVisionConfig":
+        widths[1] = lambda t: model.post_layernorm(t[:, 0])  # type: ignore[operator]
+    elif prefix:
+        widths[2] = lambda t: torch.cat([t[:, 0], t[:, prefix:].mean(1)], -1)
+    for width, pool in widths.items():
+        if width == 2 and config == "BeitConfig":
+            continue
+        head = nn.Linear(48 * width, 7).double()
+        last = model(images).last_hidden_state
+        expected = head(pool(last)) if last is not None else None
+        ledger = MemoryPatchImportance(model, readout=head).ledger(images, 3)
+        assert torch.allclose(ledger.score, expected[:, 3], rtol=1e-9)
+        assert (ledger.delta.abs() <= 1e-6 * ledger.magnitude).all()
+        for method in (PatchImportance, ClassEmbeddingGradient):
+            maps = method(model, readout=head).attribute_classes(images, [3])
+            assert maps.shape == (2, 1, 4, 4) and maps.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [(None, True), {"interpolate_pos_encoding": True}])
+def test_positions_are_interpolated_where_the_model_is_told_so(options: Any) -> None:
+    model = classifier("ViTForImageClassification", "ViTConfig", {}, "sdpa")
+    images = torch.randn(2, 3, 40, 24, dtype=torch.float64)
+    with pytest.raises(InputError, match="the model takes 32×32"):
+        PatchImportance(model).attribute(images, 3)
+    method = PatchImportance(model)
+    one = method.attribute(images, 3, additional_forward_args=options)
+    every = method.attribute_classes(images, additional_forward_args=options)
+    assert one.shape == images.shape and every.shape == (2, 7, 5, 3)
+    shared = every[:, 3].repeat_interleave(8, 1).repeat_interleave(8, 2) / 192
+    assert torch.allclose(one, shared[:, None].expand_as(one), rtol=1e-9)
+
+    class Interpolating(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.net(x, interpolate_pos_encoding=True).logits
+            return y
+
+    assert torch.allclose(PatchImportance(Interpolating()).attribute(images, 3), one, rtol=1e-9)
+
+
+def test_padded_input_of_siglip_2_is_refused() -> None:
+    model = classifier(
+        "Siglip2ForImageClassification", "Siglip2Config", {"num_patches": 16}, "sdpa"
+    )
+    with pytest.raises(InputError, match="a batch of images"):
+        PatchImportance(model).attribute(torch.zeros(2, 16, 192), 1)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

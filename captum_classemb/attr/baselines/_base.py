@@ -23,6 +23,7 @@ class Baseline(PatchAttribution):
 
     Args:
         model (nn.Module): a supported Vision Transformer.
+        readout (nn.Module, optional): maps features to logits. Default: the class embedding.
     """
 
     def _patch_scores(self, pixels: Tensor, target: Any, args: tuple[Any, ...]) -> Tensor:
@@ -72,6 +73,15 @@ class Baseline(PatchAttribution):
         wanted = range(self.readout.num_classes) if classes is None else classes
         maps = [self._patch_scores(pixels, int(c), args)[:, 0] for c in wanted]
         return upcast(torch.stack(maps, 1))
+
+    def _cotangent(self, final: Tensor, target: Tensor, frozen: bool = False) -> Tensor:
+        """∂logit/∂ of the last tokens (B×N×D), with every σ of the readout held if ``frozen``."""
+        readout = self.readout.at(len(self.vit.blocks) - 1, "resid_post")
+        rows = final.detach()[:, readout.reads]
+        g = torch.nn.functional.one_hot(target, readout.num_classes).to(upcast(rows).dtype)
+        cotangent = torch.zeros_like(upcast(final))
+        cotangent[:, readout.reads] = readout.vjp(rows, g[:, None], frozen)[:, :, 0]
+        return cotangent.to(final.dtype)
 
 
 def pooled_rows(method: PatchAttribution) -> slice:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from captum_classemb.attr._forward_pass import Needs
 from captum_classemb.attr.baselines._base import Baseline, pooled_rows
 from captum_classemb.errors import UnsupportedModelError
-from captum_classemb.vit import ALL
 from captum_classemb.vit.memories import ForwardPass
+from captum_classemb.vit.record import ALL
 
 __all__ = ["AttentionRollout", "RawAttention"]
 
@@ -21,6 +21,7 @@ class RawAttention(Baseline):
 
     Args:
         model (nn.Module): a supported Vision Transformer that reads a class token.
+        readout (nn.Module, optional): maps features to logits. Default: the class embedding.
 
     Raises:
         UnsupportedModelError: if the model is not supported, or reads its patches.
@@ -31,8 +32,8 @@ class RawAttention(Baseline):
         torch.Size([1, 3, 64, 64])
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, readout: nn.Module | None = None) -> None:
+        super().__init__(model, readout)
         self.rows = pooled_rows(self)
 
     def needs(self) -> Needs:
@@ -55,6 +56,7 @@ class AttentionRollout(Baseline):
 
     Args:
         model (nn.Module): a supported Vision Transformer that reads a class token.
+        readout (nn.Module, optional): maps features to logits. Default: the class embedding.
 
     Raises:
         UnsupportedModelError: if the model is not supported, reads its patches, or its recorded
@@ -66,8 +68,8 @@ class AttentionRollout(Baseline):
         torch.Size([1, 3, 64, 64])
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, readout: nn.Module | None = None) -> None:
+        super().__init__(model, readout)
         self.rows = pooled_rows(self)
 
     def needs(self) -> Needs:

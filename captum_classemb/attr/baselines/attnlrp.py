@@ -46,6 +46,7 @@ class AttnLRP(Baseline):
 
     Args:
         model (nn.Module): a supported Vision Transformer with plain MLPs.
+        readout (nn.Module, optional): maps features to logits. Default: the class embedding.
 
     Raises:
         UnsupportedModelError: if the model is not supported, has gated MLPs, or activations whose
@@ -57,8 +58,8 @@ class AttnLRP(Baseline):
         torch.Size([1, 3, 64, 64])
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, readout: nn.Module | None = None) -> None:
+        super().__init__(model, readout)
         for block in self.vit.blocks:
             acts = [m for m in block.module.modules() if type(m).__name__ in _ACTIVATIONS]
             gated = [m for m in block.module.modules() if "glu" in type(m).__name__.lower()]
@@ -71,9 +72,11 @@ class AttnLRP(Baseline):
 
     def _token_scores(self, pixels: Tensor, target: Tensor, args: tuple[Any, ...]) -> Tensor:
         with watched(self.vit) as tape, _frozen(self.vit, tape):
-            score = self.vit(pixels, *args).gather(1, target[:, None]).sum()
+            self.vit(pixels, *args)
             assert tape.entering is not None
-            (gradient,) = torch.autograd.grad(score, tape.entering)
+            final = tape.resid_post[-1]
+            cotangent = self._cotangent(final, target, frozen=True)
+            (gradient,) = torch.autograd.grad(final, tape.entering, cotangent)
         return upcast(gradient * tape.entering.detach()).sum(-1)
 
 

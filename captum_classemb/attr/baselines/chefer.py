@@ -22,6 +22,7 @@ class CheferRelevance(Baseline):
 
     Args:
         model (nn.Module): a supported Vision Transformer that reads a class token.
+        readout (nn.Module, optional): maps features to logits. Default: the class embedding.
 
     Raises:
         UnsupportedModelError: if the model is not supported, reads its patches, or its blocks have
@@ -33,12 +34,14 @@ class CheferRelevance(Baseline):
         torch.Size([1, 3, 64, 64])
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, readout: nn.Module | None = None) -> None:
+        super().__init__(model, readout)
         self.rows = pooled_rows(self)
 
     def _token_scores(self, pixels: Tensor, target: Tensor, args: tuple[Any, ...]) -> Tensor:
-        pairs = attention_gradients(self.vit, pixels, target, args)
+        pairs = attention_gradients(
+            self.vit, pixels, lambda final: self._cotangent(final, target), args
+        )
         relevance: Tensor | None = None
         # From the last block down, only the rows that are read have to be carried.
         for weights, gradient in reversed(pairs):

@@ -24,6 +24,7 @@ class LeGrad(Baseline):
 
     Args:
         model (nn.Module): a supported Vision Transformer.
+        readout (nn.Module, optional): maps features to logits. Default: the class embedding.
 
     Raises:
         UnsupportedModelError: if the model is not supported, or its blocks have several attention

@@ -10,8 +10,8 @@ from captum_classemb.attr.baselines._base import Baseline
 from captum_classemb.errors import InputError
 from captum_classemb.functional.identifiability import identifiability
 from captum_classemb.readout import LinearProbe
-from captum_classemb.vit import ALL
 from captum_classemb.vit.memories import ForwardPass
+from captum_classemb.vit.record import ALL
 
 __all__ = ["LinearProbeImportance"]
 

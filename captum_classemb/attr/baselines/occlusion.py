@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classemb.attr.baselines._base import Baseline
-from captum_classemb.edit.tokens import keep_tokens, run_blocks
-from captum_classemb.vit import record
+from captum_classemb.edit.tokens import block_calls, keep_tokens, run_blocks
 
 __all__ = ["TokenOcclusion"]
 
@@ -23,6 +22,7 @@ class TokenOcclusion(Baseline):
     Args:
         model (nn.Module): a supported Vision Transformer with absolute position embeddings.
         batch_size (int, optional): how many sequences run at once. Default: 64
+        readout (nn.Module, optional): maps features to logits. Default: the class embedding.
 
     Raises:
         UnsupportedModelError: if the model is not supported, or reads positions in its attention.
@@ -33,22 +33,25 @@ class TokenOcclusion(Baseline):
         torch.Size([1, 3, 64, 64])
     """
 
-    def __init__(self, model: nn.Module, batch_size: int = 64) -> None:
-        super().__init__(model)
+    def __init__(
+        self, model: nn.Module, batch_size: int = 64, readout: nn.Module | None = None
+    ) -> None:
+        super().__init__(model, readout)
         self.batch_size = batch_size
 
     def _token_scores(self, pixels: Tensor, target: Tensor, args: tuple[Any, ...]) -> Tensor:
-        recording = record(self.vit, pixels, ["embedding"], forward_args=args)
-        tokens: Tensor = recording["embedding"][0]
+        _, calls = block_calls(self.vit, pixels, args)
+        tokens, last = calls[0].input, len(self.vit.blocks) - 1
+        readout = self.readout.at(last, "resid_post")
         prefix = self.vit.prefix_tokens
         patches = tokens.shape[1] - prefix
         everyone = torch.arange(patches, device=tokens.device)
         others = torch.stack([everyone[everyone != p] for p in range(patches)])
-        scores = recording.logits.new_zeros(len(pixels), tokens.shape[1])
-        whole = run_blocks(self.vit, tokens).gather(1, target[:, None])
+        whole = run_blocks(self.vit, tokens, calls, readout).gather(1, target[:, None])
+        scores = whole.new_zeros(len(pixels), tokens.shape[1])
         for b, image in enumerate(tokens):
             for gone in everyone.split(self.batch_size):
                 kept = keep_tokens(image.expand(len(gone), -1, -1), others[gone], prefix)
-                left = run_blocks(self.vit, kept)[:, target[b]]
+                left = run_blocks(self.vit, kept, calls, readout)[:, target[b]]
                 scores[b, prefix + gone] = (whole[b] - left).to(scores.dtype)
         return scores
