@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from captum_classemb.readout import Readout
 from captum_classemb.vit import ViT
 from captum_classemb.vit.checks import reading
 from captum_classemb.vit.forward_pass import forward_pass
+from captum_classemb.vit.linearised import calls_kept
 from captum_classemb.vit.memories import ForwardPass
 from captum_classemb.vit.verify import call_tolerance
 
@@ -36,6 +37,7 @@ class Needs(NamedTuple):
     keys: bool = False
     sites: Mapping[str, slice] | None = None
     site_blocks: tuple[int, ...] | None = None
+    calls: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,9 @@ class ForwardPassAttribution(PatchAttribution):
 
     #: Classes whose entries by block and head are formed at once.
     _AT_ONCE = 16
+
+    #: Whether entries are of heads, of which every block then needs as many.
+    _OF_HEADS = True
 
     def __init__(
         self,
@@ -208,7 +213,7 @@ class ForwardPassAttribution(PatchAttribution):
             classes = self.against(done, index, contrast)
             if summed:
                 return self._summed(done, classes)[:, 0]
-            if len(set(head_counts(self.vit))) > 1:
+            if self._OF_HEADS and len(set(head_counts(self.vit))) > 1:
                 head_count(self.vit)
             stages = self._entries(done, classes)
             by_block = stages[0] if len(stages) == 1 else torch.cat(stages)
@@ -283,18 +288,20 @@ def run(
     vit = method.vit
     with torch.inference_mode(False):
         pixels = pixels.clone() if pixels.is_inference() else pixels
-        done = forward_pass(
-            vit,
-            pixels,
-            needs.rows,
-            blocks=needs.blocks,
-            attention=needs.attention,
-            keys=needs.keys,
-            sites=needs.sites,
-            site_blocks=needs.site_blocks,
-            forward_args=args,
-            tolerance=call_tolerance(vit, pixels),
-        )
+        with calls_kept(vit) if needs.calls else nullcontext() as calls:
+            done = forward_pass(
+                vit,
+                pixels,
+                needs.rows,
+                blocks=needs.blocks,
+                attention=needs.attention,
+                keys=needs.keys,
+                sites=needs.sites,
+                site_blocks=needs.site_blocks,
+                forward_args=args,
+                tolerance=call_tolerance(vit, pixels),
+            )
+        done.calls = calls
         done.checks.pixels = pixels
         if vit.has_readout and vit.readout.reads == needs.rows:
             with no_autocast(pixels.device), reading(done.checks.model):

@@ -79,4 +79,5 @@ def _union(needs: Sequence[Needs]) -> Needs:
         *needs[0][:2],
         attention=any(need.attention for need in needs),
         keys=any(need.keys for need in needs),
+        calls=any(need.calls for need in needs),
     )
