@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -133,7 +132,9 @@ class TimmLatentPool(LatentPool):
 
     def mlp_steps(self) -> tuple[Step, ...] | None:
         pool, mlp = self.module, self.module.mlp
-        if type(mlp) is not Mlp or not isinstance(mlp.norm, nn.Identity):
+        kind = type(mlp)
+        plain = kind.__module__.startswith("timm.") and kind.__name__ == "Mlp"
+        if not plain or not isinstance(mlp.norm, nn.Identity):
             return None
         norm = () if isinstance(pool.norm, nn.Identity) else (Norm(pool.norm),)
         return (*norm, Linear(mlp.fc1), Activation(mlp.act), Linear(mlp.fc2))
