@@ -56,7 +56,7 @@ class Activation(Step):
     def __call__(self, x: Tensor) -> Tensor:
         # Not called as a module: hooks are for what the model computes.
         function = self.function.forward if isinstance(self.function, nn.Module) else self.function
-        y: Tensor = function(x)
+        y: Tensor = function(x.clone() if getattr(self.function, "inplace", False) else x)
         return y
 
     def at(self, x: Tensor, frozen: bool = False) -> Diagonal:
