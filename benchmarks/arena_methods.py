@@ -16,12 +16,17 @@ from arena_peers import Maps, last_norm
 from captum.attr import FeatureAblation, InputXGradient, IntegratedGradients, Saliency
 from torch import Tensor, nn
 
-from captum_classemb.attr import ClassEmbeddingGradient, MemoryPatchImportance
+from captum_classemb.attr import (
+    AllPathImportance,
+    ClassEmbeddingGradient,
+    MemoryPatchImportance,
+)
 from captum_classemb.attr.baselines import (
+    CPLRP,
     AttentionRollout,
-    AttnLRP,
     CheferRelevance,
     LeGrad,
+    LibraFullGrad,
     LinearProbeImportance,
     RawAttention,
     TokenOcclusion,
@@ -159,7 +164,9 @@ def linear_probes(path: Path) -> Method:
 METHODS = (
     Method("PatchImportance", _ours(PatchImportance), one_pass=True),
     Method("Chefer relevance", _ours(CheferRelevance)),
-    Method("AttnLRP-style", _ours(AttnLRP)),
+    Method("AllPathImportance", _ours(AllPathImportance)),
+    Method("LibraGrad FullGrad+", _ours(LibraFullGrad)),
+    Method("CP-LRP", _ours(CPLRP)),
     Method("LeGrad", _ours(LeGrad)),
     Method("MemoryPatchImportance", _ours(MemoryPatchImportance), one_pass=True),
     Method("attention rollout", _ours(AttentionRollout), one_pass=True),

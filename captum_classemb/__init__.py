@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from captum_classemb.attr import (
+        AllPathImportance,
         ClassEmbeddingGradient,
         ClassEmbeddingProjection,
         LayerClassEmbeddingProjection,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AllPathImportance",
     "ClassEmbeddingGradient",
     "ClassEmbeddingProjection",
     "LayerClassEmbeddingProjection",

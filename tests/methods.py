@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from captum_classemb.attr import (
+    AllPathImportance,
     ClassEmbeddingGradient,
     ClassEmbeddingProjection,
     LayerClassEmbeddingProjection,
@@ -40,6 +41,8 @@ def probe_importance(model: Any) -> Any:
 #: Methods that score pixels, made from a model: attributions have the shape of the images.
 PIXEL_METHODS: dict[str, Callable[[Any], Any]] = {
     "patch importance": PatchImportance,
+    "all paths": AllPathImportance,
+    "all paths, log-probability": partial(AllPathImportance, objective="log_probability"),
     "projection": ClassEmbeddingProjection,
     "projection, log-probability": partial(ClassEmbeddingProjection, score="log_probability"),
     "projection, probability": partial(ClassEmbeddingProjection, score="probability"),
@@ -57,7 +60,8 @@ PIXEL_METHODS: dict[str, Callable[[Any], Any]] = {
     "raw attention": baselines.RawAttention,
     "relevance of Chefer et al.": baselines.CheferRelevance,
     "LeGrad": baselines.LeGrad,
-    "AttnLRP": baselines.AttnLRP,
+    "CP-LRP": baselines.CPLRP,
+    "LibraGrad": baselines.LibraFullGrad,
     "token occlusion": baselines.TokenOcclusion,
     "linear probes": probe_importance,
 }

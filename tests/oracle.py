@@ -321,8 +321,11 @@ def _from_module(block: Any, seen: dict[Any, Any]) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def eager_attention() -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Fused attention is replaced by one that shows its weights, and values, to autograd."""
+def eager_attention(held: bool = False) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Fused attention is replaced by one that shows its weights, and values, to autograd.
+
+    Its weights are constants if ``held``.
+    """
     calls: list[tuple[Tensor, Tensor]] = []
 
     def explicit(
@@ -344,6 +347,7 @@ def eager_attention() -> Iterator[list[tuple[Tensor, Tensor]]]:
             hidden = attn_mask.dtype == torch.bool
             scores = scores.masked_fill(~attn_mask, -torch.inf) if hidden else scores + attn_mask
         weights = scores.softmax(-1)
+        weights = weights.detach() if held else weights
         calls.append((weights, value))
         return weights @ value
 

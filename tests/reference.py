@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from cases import Case
-from oracle import eager_attention, logits_of
+from oracle import eager_attention, frozen_at, logits_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -113,6 +113,75 @@ def stream(known: Case, target: Tensor, objective: str, other: Tensor | None = N
     maps = [(a * slope).sum(2) for a, slope in zip(attention, slopes, strict=True)]
     by_block = torch.cat(maps, 1).unflatten(1, (len(known.oracle.anatomy.layers), -1))
     return by_block.detach()[..., known.oracle.anatomy.prefix :]
+
+
+def all_paths(
+    known: Case, target: Tensor, objective: str = "both", other: Tensor | None = None
+) -> Tensor:
+    """x_b · ∂score/∂x_b at every block's input, on a copy whose factors are all detached.
+
+    The mean over blocks; for both objectives the sum of the shares: B×L×1×P.
+    """
+    if objective == "both":
+        parts = [all_paths(known, target, kind, other) for kind in ("logit", "log_probability")]
+        shares = [p / p.sum((1, 2)).abs().sum(1).view(-1, 1, 1, 1) for p in parts]
+        return shares[0] if other is not None else shares[0] + shares[1]
+    z, entering = linear_logits(known)
+    leaf = z.detach().requires_grad_(True)
+    (g,) = torch.autograd.grad(score(leaf, target, objective, other).sum(), leaf)
+    flat = [x for entered in entering for x in entered]
+    slopes = iter(torch.autograd.grad((g * z).sum(), flat))
+    by_block = [[next(slopes) for _ in entered] for entered in entering]
+    maps = []
+    for b, entered in enumerate(entering):
+        # Patches that class attention hands on reach every later block.
+        later = [by_block[b][0], *(sum(s[1] for s in by_block[b:]) for _ in entered[1:])]
+        each = [(x * s).sum(-1) for x, s in zip(entered, later, strict=True)]
+        maps.append(torch.cat(each, 1).detach() / len(entering))
+    return torch.stack(maps, 1)[:, :, None, known.oracle.anatomy.prefix :]
+
+
+def linear_logits(known: Case) -> tuple[Tensor, list[list[Tensor]]]:
+    """The model's logits with attention, σ and gates detached, and what enters each block."""
+    model: Any = copy.deepcopy(known.oracle.model)
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation("sdpa")
+    names = {module: name for name, module in known.oracle.model.named_modules()}
+    layers = known.oracle.anatomy.layers
+    blocks = [model.get_submodule(names[layer.block]) for layer in layers]
+    entering: list[list[Tensor]] = []
+
+    def enter(block: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if layers[0].stream:
+            clones = tuple(x.clone() for x in args[:2])
+            entering.append([clones[1], clones[0]])
+            return (*clones, *args[2:])
+        entering.append([args[0]])
+        return args
+
+    # A readout that is no affine map is differentiated as it is.
+    linear = [model] if known.affine else blocks
+    for module in dict.fromkeys(m for part in linear for m in part.modules()):
+        _hold_factors(module)
+    for block in blocks:
+        block.register_forward_pre_hook(enter)
+    with eager_attention(held=True):
+        z = logits_of(model(*known.oracle.inputs))
+    assert torch.allclose(z, known.oracle.logits, rtol=1e-5, atol=1e-5), "a value was changed"
+    return z, entering
+
+
+def _hold_factors(module: Any) -> None:
+    """Hooks that detach what a module multiplies its input by."""
+    kind = type(module).__name__
+    if "Norm" in kind and "Block" not in kind:
+        module.register_forward_hook(lambda m, args, y: frozen_at(args[0].detach())(m, args, y))
+    elif kind in ("GELU", "SiLU", "GELUActivation", "ReLU"):
+        module.register_forward_hook(lambda m, args, y: args[0] * (y / args[0]).detach())
+    elif kind in ("SwiGLU", "GluMlp"):  # a product: half of the derivative to each factor
+        module.drop1.register_forward_pre_hook(lambda m, args: args[0] / 2 + (args[0] / 2).detach())
+    if getattr(module, "gate", None) is not None:
+        module.gate.register_forward_hook(lambda m, args, y: y.detach())
 
 
 def frozen_logits(known: Case) -> Tensor:

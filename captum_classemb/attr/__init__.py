@@ -1,6 +1,7 @@
 """Attributions in Captum's interface."""
 
 from captum_classemb.attr._base import PatchAttribution
+from captum_classemb.attr.all_path import AllPathImportance
 from captum_classemb.attr.gradient import ClassEmbeddingGradient
 from captum_classemb.attr.layers import LayerClassEmbeddingProjection, LayerMemoryContribution
 from captum_classemb.attr.memory import MemoryPatchImportance
@@ -11,6 +12,7 @@ from captum_classemb.attr.together import attribute_together
 
 __all__ = [
     "METHODS",
+    "AllPathImportance",
     "ClassEmbeddingGradient",
     "ClassEmbeddingProjection",
     "LayerClassEmbeddingProjection",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from captum_classemb.readout import Readout
 from captum_classemb.vit import ViT
 from captum_classemb.vit.checks import reading
 from captum_classemb.vit.forward_pass import forward_pass
+from captum_classemb.vit.linearised import calls_kept
 from captum_classemb.vit.memories import ForwardPass
 from captum_classemb.vit.verify import call_tolerance
 
@@ -45,6 +46,7 @@ class Needs(NamedTuple):
     keys: bool = False
     sites: Mapping[str, slice] | None = None
     site_blocks: tuple[int, ...] | None = None
+    calls: bool = False
 
     def united(self, other: Needs) -> Needs | None:
         """What serves both; None where they read other rows or blocks."""
@@ -61,7 +63,7 @@ class Needs(NamedTuple):
         if sites and all(n.site_blocks is not None for n in (self, other) if n.sites):
             blocks = tuple(sorted({b for n in (self, other) for b in n.site_blocks or ()}))
         attention, keys = self.attention or other.attention, self.keys or other.keys
-        return Needs(*base[:2], attention, keys, sites, blocks)
+        return Needs(*base[:2], attention, keys, sites, blocks, self.calls or other.calls)
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,9 @@ class ForwardPassAttribution(PatchAttribution):
 
     #: Classes whose entries by block and head are formed at once.
     _AT_ONCE = 16
+
+    #: Whether entries are of heads, of which every block then needs as many.
+    _OF_HEADS = True
 
     def __init__(
         self,
@@ -230,7 +235,7 @@ class ForwardPassAttribution(PatchAttribution):
             classes = self.against(done, index, contrast)
             if summed:
                 return self._summed(done, classes)[:, 0]
-            if len(set(head_counts(self.vit))) > 1:
+            if self._OF_HEADS and len(set(head_counts(self.vit))) > 1:
                 head_count(self.vit)
             stages = self._entries(done, classes)
             by_block = stages[0] if len(stages) == 1 else torch.cat(stages)
@@ -308,18 +313,20 @@ def run(vit: ViT, needs: Needs, pixels: Tensor, args: tuple[Any, ...]) -> Forwar
     """One forward pass, with the logits compared where the model has a classifier."""
     with torch.inference_mode(False):
         pixels = pixels.clone() if pixels.is_inference() else pixels
-        done = forward_pass(
-            vit,
-            pixels,
-            needs.rows,
-            blocks=needs.blocks,
-            attention=needs.attention,
-            keys=needs.keys,
-            sites=needs.sites,
-            site_blocks=needs.site_blocks,
-            forward_args=args,
-            tolerance=call_tolerance(vit, pixels),
-        )
+        with calls_kept(vit) if needs.calls else nullcontext() as calls:
+            done = forward_pass(
+                vit,
+                pixels,
+                needs.rows,
+                blocks=needs.blocks,
+                attention=needs.attention,
+                keys=needs.keys,
+                sites=needs.sites,
+                site_blocks=needs.site_blocks,
+                forward_args=args,
+                tolerance=call_tolerance(vit, pixels),
+            )
+        done.calls = calls
         done.checks.pixels = pixels
         if vit.has_readout and vit.readout.reads == needs.rows:
             with no_autocast(pixels.device), reading(done.checks.model):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from captum_classemb.attr import baselines
 from captum_classemb.attr._base import PatchAttribution
+from captum_classemb.attr.all_path import AllPathImportance
 from captum_classemb.attr.baselines._base import Baseline
 from captum_classemb.attr.gradient import ClassEmbeddingGradient
 from captum_classemb.attr.memory import MemoryPatchImportance
@@ -66,6 +67,12 @@ def register_method(
 for _name, _build, _caption, _needs in (
     ("patch-importance", PatchImportance, "What speaks for the class in each patch", ""),
     (
+        "all-path-importance",
+        AllPathImportance,
+        "What each patch brings to the class along every path",
+        "",
+    ),
+    (
         "memory-patch-importance",
         MemoryPatchImportance,
         "What attention brings to the logit from each patch",
@@ -84,7 +91,8 @@ for _name, _build, _caption, _needs in (
         "",
     ),
     ("chefer", baselines.CheferRelevance, "Relevance carried by attention (Chefer et al.)", ""),
-    ("attnlrp", baselines.AttnLRP, "Gradient × input with attention frozen", ""),
+    ("libra-fullgrad", baselines.LibraFullGrad, "Gradient × input at every block, balanced", ""),
+    ("cp-lrp", baselines.CPLRP, "Gradient × input with attention frozen", ""),
     ("legrad", baselines.LeGrad, "Positive gradients of attention, block by block", ""),
     ("rollout", baselines.AttentionRollout, "Attention multiplied over blocks", ""),
     ("raw-attention", baselines.RawAttention, "Attention of the last block", ""),

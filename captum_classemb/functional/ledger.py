@@ -66,3 +66,45 @@ class LogitLedger:
         parts = [self.attention.flatten(1), self.mlp, self.embedding[:, None], self.bias[:, None]]
         parts += [part[:, None] for part in (self.pool, self.entropy) if part is not None]
         return torch.cat([part.abs() for part in parts], 1).sum(1)
+
+
+@dataclass(frozen=True)
+class PathLedger:
+    """The split of a score by what enters each block, all later blocks being linear.
+
+    At every block the entries of all tokens and the biases from there on add up to the score.
+
+    Attributes:
+        entries: by block and token, prefix tokens first: B×L×N.
+        bias: every bias from the block on, the readout's included: B×L.
+        score: the model's own logit, log-probability, or what combines them, B.
+        prefix_tokens: P.
+        entropy: −H(p) where a log-probability is explained, B; else None.
+    """
+
+    entries: Tensor
+    bias: Tensor
+    score: Tensor
+    prefix_tokens: int
+    entropy: Tensor | None = None
+
+    @property
+    def patches(self) -> Tensor:
+        """The importance of each patch: the mean of its entries over blocks, B×(N−P)."""
+        return self.entries[..., self.prefix_tokens :].mean(1)
+
+    @property
+    def rest(self) -> Tensor:
+        """All that patches do not bring: prefix tokens and biases, B."""
+        return self.total.mean(1) - self.patches.sum(1)
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of all entries at each block, B×L."""
+        total = self.entries.sum(2) + self.bias
+        return total if self.entropy is None else total + self.entropy[:, None]
+
+    @property
+    def delta(self) -> Tensor:
+        """The sum at each block minus the model's own score: 0 up to rounding, B×L."""
+        return self.total - self.score[:, None]

@@ -18,9 +18,17 @@ __all__ = [
     "GatedDerivative",
 ]
 
+_GELU = ("GELU", "GELUActivation")
+_GELU_TANH = ("GELUTanh", "NewGELUActivation", "PytorchGELUTanh", "GELUTanhActivation")
+_QUICK_GELU = ("QuickGELU", "QuickGELUActivation")
+_SILU = ("SiLU", "SiLUActivation")
+_KNOWN = {*_GELU, *_GELU_TANH, *_QUICK_GELU, *_SILU, "ReLU"}
+
 
 class Activation(Step):
     """An elementwise function, its derivative in closed form where it is a known one.
+
+    Frozen, it is x times its gate f(x)/x.
 
     Args:
         function: the module.
@@ -48,27 +56,45 @@ class Activation(Step):
     def __call__(self, x: Tensor) -> Tensor:
         # Not called as a module: hooks are for what the model computes.
         function = self.function.forward if isinstance(self.function, nn.Module) else self.function
-        y: Tensor = function(x)
+        y: Tensor = function(x.clone() if getattr(self.function, "inplace", False) else x)
         return y
 
     def at(self, x: Tensor, frozen: bool = False) -> Diagonal:
-        return Diagonal(self.slope(x)[..., None, :])
+        return Diagonal((self.gate(x) if frozen else self.slope(x))[..., None, :])
+
+    def gate(self, x: Tensor) -> Tensor:
+        """f(x)/x, what the activation multiplies x by; its limit where x is 0: …×D."""
+        x = x + 1e-30
+        return self(x) / x
+
+    @property
+    def gates(self) -> bool:
+        """Whether f(0) = 0, so that f is x times a factor."""
+        if self._name() in _KNOWN:
+            return True
+        like = next(getattr(self.function, "parameters", lambda: iter(()))(), torch.zeros(()))
+        with torch.no_grad():
+            return not self(torch.zeros_like(like.detach().reshape(-1)[:1])).any()
+
+    def _name(self) -> str:
+        """The name of the function's class where it is a library's own."""
+        kind = type(self.function)
+        known = kind.__module__.startswith(("torch.", "timm.", "transformers."))
+        return kind.__name__ if known and "forward" not in vars(self.function) else ""
 
     def slope(self, x: Tensor) -> Tensor:
         """The derivative at x, …×D."""
-        kind, aten = type(self.function), torch.ops.aten
-        known = kind.__module__.startswith(("torch.", "timm.", "transformers."))
-        name = kind.__name__ if known and "forward" not in vars(self.function) else ""
+        name, aten = self._name(), torch.ops.aten
         one = torch.ones((), dtype=x.dtype, device=x.device).expand_as(x)
         slope: Tensor | None = None
-        if name in ("GELU", "GELUActivation"):
+        if name in _GELU:
             approximate = getattr(self.function, "approximate", "none")
             slope = aten.gelu_backward(one, x, approximate=approximate)
-        elif name in ("GELUTanh", "NewGELUActivation", "PytorchGELUTanh", "GELUTanhActivation"):
+        elif name in _GELU_TANH:
             slope = aten.gelu_backward(one, x, approximate="tanh")
-        elif name in ("QuickGELU", "QuickGELUActivation"):
+        elif name in _QUICK_GELU:
             slope = aten.silu_backward(one, x * 1.702)
-        elif name in ("SiLU", "SiLUActivation"):
+        elif name in _SILU:
             slope = aten.silu_backward(one, x)
         elif name == "ReLU":
             slope = (x > 0).to(x.dtype)
@@ -81,7 +107,11 @@ class Activation(Step):
 
 
 class GatedActivation(Step):
-    """act(a)·b of the two halves of the last dimension, or a·act(b) if ``gate_last``."""
+    """act(a)·b of the two halves of the last dimension, or a·act(b) if ``gate_last``.
+
+    Frozen, it is half of act(a)/a·b as a factor of a, and half of act(a) as a factor of b; act(a)
+    as a factor of b alone where act(0) is not 0, as for a sigmoid.
+    """
 
     uniform = False
 
@@ -106,7 +136,12 @@ class GatedActivation(Step):
 
     def at(self, x: Tensor, frozen: bool = False) -> GatedDerivative:
         gate, other = self._halves(x)
-        factors = self.act.slope(gate) * other, self.act(gate)
+        if frozen and self.act.gates:
+            factors = self.act.gate(gate) * other / 2, self.act(gate) / 2
+        elif frozen:
+            factors = torch.zeros_like(gate), self.act(gate)
+        else:
+            factors = self.act.slope(gate) * other, self.act(gate)
         return GatedDerivative(torch.cat(factors[::-1] if self.gate_last else factors, -1))
 
 

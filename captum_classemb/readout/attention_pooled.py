@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.precision import upcast
+from captum_classemb.readout.activation import Activation
 from captum_classemb.readout.base import Readout
 from captum_classemb.readout.linear import Linear
 from captum_classemb.readout.norm import Norm
@@ -33,6 +34,7 @@ class LatentPool(ABC):
         key_norm: the norm of each key, if there is one.
     """
 
+    module: Any
     heads: int
     scale: float
     proj: tuple[Step, ...]
@@ -53,6 +55,10 @@ class LatentPool(ABC):
     @abstractmethod
     def mlp(self, pooled: Tensor) -> Tensor | None:
         """What the MLP adds to the pooled token, …×D; None without one."""
+
+    def mlp_steps(self) -> tuple[Step, ...] | None:
+        """The steps of the MLP, from its norm to its last linear layer; None if not known."""
+        return None
 
     def weights(self, tokens: Tensor) -> Tensor:
         """A: B×H×N, for tokens B×N×D in float32 or upcastr."""
@@ -124,6 +130,15 @@ class TimmLatentPool(LatentPool):
         pool = self.module
         return None if pool.mlp is None else pool.mlp(pool.norm(pooled))
 
+    def mlp_steps(self) -> tuple[Step, ...] | None:
+        pool, mlp = self.module, self.module.mlp
+        kind = type(mlp)
+        plain = kind.__module__.startswith("timm.") and kind.__name__ == "Mlp"
+        if not plain or not isinstance(mlp.norm, nn.Identity):
+            return None
+        norm = () if isinstance(pool.norm, nn.Identity) else (Norm(pool.norm),)
+        return (*norm, Linear(mlp.fc1), Activation(mlp.act), Linear(mlp.fc2))
+
 
 class ProbePool(LatentPool):
     """SigLIP's pooling head: a probe, ``nn.MultiheadAttention``, and an MLP."""
@@ -151,6 +166,11 @@ class ProbePool(LatentPool):
     def mlp(self, pooled: Tensor) -> Tensor | None:
         added: Tensor = self.module.mlp(self.module.layernorm(pooled))
         return added
+
+    def mlp_steps(self) -> tuple[Step, ...] | None:
+        mlp: Any = self.module.mlp
+        hidden = Linear(mlp.fc1), Activation(mlp.activation_fn), Linear(mlp.fc2)
+        return (Norm(self.module.layernorm), *hidden)
 
 
 class AttentionPooled(Readout):
@@ -216,6 +236,9 @@ class AttentionPooled(Readout):
         pool = FrozenPool(self, upcast(rows))
         return pool.carried_back(g)[1], pool.mlp_share(g)
 
+    def linearised(self, rows: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return FrozenPool(self, upcast(rows)).carried_back(g, through_mlp=True)
+
 
 class FrozenPool:
     """The readout with the pool's attention and every σ frozen at some rows (B×Q×D)."""
@@ -230,16 +253,27 @@ class FrozenPool:
         total = self.proj.output if self.mlp_out is None else self.proj.output + self.mlp_out
         self.after = OutputPath.of(readout.after, total)
 
-    def carried_back(self, g: Tensor) -> tuple[Tensor, Tensor]:
+    def carried_back(self, g: Tensor, through_mlp: bool = False) -> tuple[Tensor, Tensor]:
         """The directions of the tokens (B×Q×K×D) for the logit weights g (B×K×C), and biases."""
         g = g[:, None]
         c = self.after.vjp(g, frozen=True)
+        added: Tensor | float = 0.0
+        steps = self.pool.mlp_steps()
+        if through_mlp and self.mlp_out is not None:
+            if steps is None:
+                raise UnsupportedModelError(
+                    f"the MLP of the pool {type(self.pool.module).__qualname__} is not known, so "
+                    "no derivative runs through it with its activation's gate frozen."
+                )
+            mlp = OutputPath.of(steps, self.proj.output)
+            added = mlp.biases(c)
+            c = c + mlp.vjp(c, frozen=True)
         z = self.proj.vjp(c, frozen=True)
         by_head = self.pool.vjp_values(z)
         tokens = torch.einsum("bhq,bkhi->bqki", self.weights, by_head)
         # The weights of a head sum to 1, so its bias counts once.
         bias = self.after.biases(g) + self.proj.biases(c) + along(self.pool.value_map()[1], z)
-        return self.before.vjp(tokens, frozen=True), bias + self.before.biases(tokens)
+        return self.before.vjp(tokens, frozen=True), bias + added + self.before.biases(tokens)
 
     def mlp_share(self, g: Tensor) -> Tensor | None:
         """What the pool's MLP adds to g·logits: B×K; None without one."""

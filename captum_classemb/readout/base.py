@@ -84,6 +84,25 @@ class Readout(nn.Module, ABC):
         """
         raise self._not_affine()
 
+    def linearised(self, rows: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Directions of the rows and the constant that make up Σ_c g_c·logit_c, every σ frozen.
+
+        An MLP of the pool is followed with its activation's gate frozen, where :meth:`constants`
+        holds what it adds.
+
+        Args:
+            rows: B×Q×D.
+            g: B×K×C.
+
+        Returns:
+            B×Q×K×D and B×K.
+
+        Raises:
+            UnsupportedModelError: if the readout is not affine with its norms frozen.
+        """
+        constant, pool = self.constants(rows, g)
+        return self.vjp(rows, g, frozen=True), constant if pool is None else constant + pool
+
     def _not_affine(self) -> UnsupportedModelError:
         return UnsupportedModelError(
             f"the readout {type(self).__name__} is not affine with its norms frozen, "

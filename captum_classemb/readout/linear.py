@@ -17,6 +17,7 @@ from captum_classemb.readout.steps import Step, shape_of, together
 __all__ = [
     "Linear",
     "SideBySide",
+    "Slice",
 ]
 
 
@@ -42,6 +43,15 @@ class Linear(Step):
         self.biased = biased
         self.names = names
         self._read: tuple[Tensor, Tensor | None] | None = None
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The modules that are called."""
+        return (self.module,)
+
+    def gathered(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The step's value from what :attr:`modules` returned."""
+        return outputs[0]
 
     @property
     def plain(self) -> bool:
@@ -124,6 +134,13 @@ class SideBySide(Linear):
         super().__init__(modules[0])
         self.parts = tuple(map(Linear, modules))
 
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        return tuple(part.module for part in self.parts)
+
+    def gathered(self, outputs: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(outputs), -1)
+
     def _parameters(self) -> tuple[Tensor, Tensor | None]:
         if self._read is not None:
             return self._read
@@ -133,3 +150,30 @@ class SideBySide(Linear):
             for w, b in zip(weights, biases, strict=True)
         ]
         return torch.cat(weights), torch.cat(some)
+
+
+class Slice(Linear):
+    """Some of what a linear module returns, with a bias of their own where there is one.
+
+    Args:
+        module: maps B×Q×D_in to B×Q×D_out.
+        outputs: which of the D_out.
+        bias: added to them.
+    """
+
+    def __init__(self, module: nn.Module, outputs: slice, bias: Tensor | None = None) -> None:
+        super().__init__(module)
+        self.outputs, self.bias = outputs, bias
+
+    def gathered(self, outputs: Sequence[Tensor]) -> Tensor:
+        some = outputs[0][..., self.outputs]
+        return some if self.bias is None else some + self.bias
+
+    def _parameters(self) -> tuple[Tensor, Tensor | None]:
+        if self._read is not None:
+            return self._read
+        weight, bias = super()._parameters()
+        own = None if self.bias is None else upcast(self.bias.detach())
+        if bias is not None:
+            own = bias[self.outputs] if own is None else bias[self.outputs] + own
+        return weight[self.outputs], own

@@ -78,5 +78,8 @@ class PlacedReadout(Readout):
     def constants(self, rows: Tensor, g: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.last.constants(rows, g)
 
+    def linearised(self, rows: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return self.last.linearised(rows, g)
+
     def token_directions(self, tokens: Tensor, target: Tensor) -> Tensor:
         return self.last.token_directions(tokens, target)

@@ -80,6 +80,12 @@ class TextEmbedding(Readout):
         bias, pool = self.image.constants(rows, g @ self.text.to(embedding) / norm)
         return g.sum(-1) * self.bias + bias, pool
 
+    def linearised(self, rows: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        embedding = self.image(rows)
+        norm = embedding.norm(dim=-1, keepdim=True)[..., None]
+        u, constant = self.image.linearised(rows, g @ self.text.to(embedding) / norm)
+        return u, constant + g.sum(-1) * self.bias
+
     def token_directions(self, tokens: Tensor, target: Tensor) -> Tensor:
         raise InputError(
             "memories of single tokens are not defined for text embeddings: the norm of the image "

@@ -73,6 +73,10 @@ class Translated(Readout):
         u = own.vjp(translated, g, frozen=True)
         return bias + along(self.translator.bias, u), pool
 
+    def linearised(self, rows: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        u, constant = self._own[0].linearised(self.translator(rows), g)
+        return self.translator.vjp(u), constant + along(self.translator.bias, u)
+
     def token_directions(self, tokens: Tensor, target: Tensor) -> Tensor:
         directions = self._own[0].token_directions(self.translator(tokens), target)
         return self.translator.vjp(directions)

@@ -14,6 +14,7 @@ from captum_classemb.readout.linear import Linear
 from captum_classemb.readout.output_path import OutputPath
 from captum_classemb.readout.steps import Step, stacked
 from captum_classemb.vit.checks import Checks
+from captum_classemb.vit.linearised import BlockCalls
 from captum_classemb.vit.parts import ViT
 from captum_classemb.vit.record import Recording
 
@@ -70,6 +71,7 @@ class ForwardPass:
         rows: the query rows.
         recording: further sites, where they were asked for.
         rebuilt: the model's own readout of ``final``, where these are the rows it reads.
+        calls: what the modules of every block were called with, where all tokens are followed.
     """
 
     logits: Tensor
@@ -82,6 +84,7 @@ class ForwardPass:
     resid_pre: Tensor | None = None
     mlp_out: Tensor | None = None
     resid_post: Tensor | None = None
+    calls: list[BlockCalls] | None = None
 
 
 @dataclass

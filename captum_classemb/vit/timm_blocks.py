@@ -10,7 +10,7 @@ from torch import nn
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.readout import Activation, LayerScale, Linear, Norm, Step
 from captum_classemb.readout.activation import GatedActivation
-from captum_classemb.readout.linear import SideBySide
+from captum_classemb.readout.linear import SideBySide, Slice
 from captum_classemb.vit.parts import MLP, Attention, Block
 from captum_classemb.vit.timm_attention import read_attention
 
@@ -68,12 +68,14 @@ def _attention(module: Any, outer: tuple[Step, ...], entry: tuple[Step, ...] = (
 
 
 def _parallel(block: Any) -> Block:
-    outer = _scaled(block.ls)
+    outer, entry, width = _scaled(block.ls), _norms(block.in_norm), block.in_split[0]
     attention = read_attention(block, outer)
-    if block.out_proj is None:
-        mlp = MLP(block.mlp_out_proj, block.mlp_out_proj, outer)
-    else:
-        mlp = MLP(block.out_proj, block.out_proj, outer, slice(block.in_split[1], None))
+    attention.entry = entry
+    attention.projections = (Slice(block.in_proj, slice(width, None)),)
+    fc2 = block.mlp_out_proj if block.out_proj is None else block.out_proj
+    columns = None if block.out_proj is None else slice(block.in_split[1], None)
+    first = Slice(block.in_proj, slice(0, width), block.mlp_bias)
+    mlp = MLP(fc2, fc2, outer, columns, entry, (first, Activation(block.mlp_act)))
     return Block(block, (attention,), (mlp,), parallel=True)
 
 

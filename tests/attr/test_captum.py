@@ -27,7 +27,7 @@ from methods import BLIND_TO_THE_TARGET, LAYER_METHODS, METHODS, PIXEL_METHODS
 from target_forms import ONE_EACH, ONE_FOR_ALL
 from torch import Tensor
 
-from captum_classemb import MemoryPatchImportance
+from captum_classemb import AllPathImportance, MemoryPatchImportance
 from captum_classemb.attr import PatchAttribution
 from captum_classemb.errors import TargetError
 from captum_classemb.vit import adapt
@@ -74,7 +74,8 @@ class TestConformance:
         assert isinstance(method, LayerAttribution) == (name in LAYER_METHODS)
         assert type(method).get_name().replace(" ", "") == type(method).__name__
         assert method.multiplies_by_inputs is False
-        assert method.has_convergence_delta() is isinstance(method, MemoryPatchImportance)
+        complete = (AllPathImportance, MemoryPatchImportance)
+        assert method.has_convergence_delta() is isinstance(method, complete)
         assert callable(type(method).attribute.__wrapped__), "NoiseTunnel and TCAV call it"
         with torch.no_grad():
             assert method.forward_func(pixels()).shape == (3, 7)
@@ -306,8 +307,9 @@ def test_shapley_values_of_patches_add_up() -> None:
 # -- Completeness and concepts
 
 
-def test_the_convergence_delta_passes_through_a_noise_tunnel() -> None:
-    method = MemoryPatchImportance(model())
+@pytest.mark.parametrize("kind", [AllPathImportance, MemoryPatchImportance])
+def test_the_convergence_delta_passes_through_a_noise_tunnel(kind: Any) -> None:
+    method = kind(model())
     maps, delta = NoiseTunnel(method).attribute(
         pixels(), nt_samples=2, stdevs=0.1, target=TARGET, return_convergence_delta=True
     )

@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from captum_classemb import (
+    AllPathImportance,
     ClassEmbeddingGradient,
     ClassEmbeddingProjection,
     MemoryPatchImportance,
@@ -29,6 +30,7 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "gradient": (ClassEmbeddingGradient, reference.gradient),
     "memory": (MemoryPatchImportance, reference.memory),
     "patches": (PatchImportance, reference.patch_importance),
+    "paths": (AllPathImportance, reference.all_paths),
 }
 #: Fewer classes than dimensions, and more; one row read out, and all patches.
 MODELS: dict[str, dict[str, Any]] = {

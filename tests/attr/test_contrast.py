@@ -11,13 +11,19 @@ from cases import case
 from families import FAMILIES, WITHOUT_LEDGER, tiny
 from torch import Tensor
 
-from captum_classemb import ClassEmbeddingGradient, MemoryPatchImportance, PatchImportance
+from captum_classemb import (
+    AllPathImportance,
+    ClassEmbeddingGradient,
+    MemoryPatchImportance,
+    PatchImportance,
+)
 from captum_classemb.errors import InputError, TargetError
 
 METHODS: dict[str, tuple[Any, Any]] = {
     "gradient": (ClassEmbeddingGradient, reference.gradient),
     "memory": (MemoryPatchImportance, reference.memory),
     "patches": (PatchImportance, reference.patch_importance),
+    "paths": (AllPathImportance, reference.all_paths),
 }
 OBJECTIVES = ("logit", "log_probability")
 

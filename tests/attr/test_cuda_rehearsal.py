@@ -36,10 +36,11 @@ METHODS = (
     "gradient, log-probability",
     "memory, log-probability",
     "patch importance",
+    "all paths",
 )
 
 #: These go through autograd, too, or cut tokens out by what a mask holds.
-WITH_A_DEVICE = {"relevance of Chefer et al.", "LeGrad", "AttnLRP", "token occlusion"}
+WITH_A_DEVICE = {"relevance of Chefer et al.", "LeGrad", "token occlusion"}
 
 OTHERS = {k: v for k, v in ALL_METHODS.items() if k not in {*METHODS, *WITH_A_DEVICE}}
 

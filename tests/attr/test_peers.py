@@ -13,7 +13,7 @@ import torch
 from families import torchvision_vit
 from torch import Tensor, nn
 
-from captum_classemb.attr.baselines import AttnLRP, LeGrad
+from captum_classemb.attr.baselines import CPLRP, LeGrad
 from captum_classemb.evaluation.removal_order import patch_sums
 from captum_classemb.vit import ViT, adapt
 
@@ -118,21 +118,21 @@ def test_a_peer_leaves_the_model_as_it_was(arena: Any, name: str) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
 
 
-def test_attnlrp_is_cp_lrp_of_lxt(arena: Any) -> None:
+def test_cp_lrp_is_that_of_lxt(arena: Any) -> None:
     pytest.importorskip("lxt")
     vit, (images, target) = _small(), _batch()
-    ours = patch_sums(AttnLRP(vit).attribute(images, target), (4, 4))
+    ours = patch_sums(CPLRP(vit).attribute(images, target), (4, 4))
     _agree(ours, arena.peers.cp_lrp(vit)(images, target), 1e-6)
     other = arena.peers.attn_lrp(vit)(images, target)
     assert (ours - other).abs().max() > 1e-2 * ours.abs().max()
 
 
-def test_attnlrp_is_that_of_lxt_for_torchvision(arena: Any) -> None:
+def test_cp_lrp_is_that_of_lxt_for_torchvision(arena: Any) -> None:
     """lxt's rules for torchvision's ViT freeze attention too (its ``cp_LRP`` map)."""
     pytest.importorskip("lxt")
     rules = arena.peers.lxt_rules()
     images, target = _batch()
-    ours = AttnLRP(_drawn(torchvision_vit(5))).attribute(images, target)
+    ours = CPLRP(_drawn(torchvision_vit(5))).attribute(images, target)
     model: Any = _drawn(torchvision_vit(5))
     frozen: dict[type[nn.Module], Any] = {
         nn.GELU: rules.non_linear_forward,

@@ -13,6 +13,7 @@ from families import CLASS_ATTENTION, CLASSES, FAMILIES, WITHOUT_LEDGER
 from torch import Tensor
 
 from captum_classemb import (
+    AllPathImportance,
     ClassEmbeddingGradient,
     ClassEmbeddingProjection,
     MemoryPatchImportance,
@@ -27,6 +28,7 @@ MAPS: dict[str, tuple[Any, Any, str]] = {
         ("gradient", ClassEmbeddingGradient, reference.gradient, ("logit", "log_probability")),
         ("memory", MemoryPatchImportance, reference.memory, ("logit", "log_probability")),
         ("patches", PatchImportance, reference.patch_importance, ("logit", "log_probability")),
+        ("paths", AllPathImportance, reference.all_paths, ("logit", "log_probability", "both")),
     )
     for objective in objectives
 }

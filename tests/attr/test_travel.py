@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from captum_classemb import (
+    AllPathImportance,
     ClassEmbeddingGradient,
     ClassEmbeddingProjection,
     MemoryPatchImportance,
@@ -28,6 +29,7 @@ PRIMARY: dict[str, Any] = {
     "gradient": ClassEmbeddingGradient,
     "memory": MemoryPatchImportance,
     "patches": PatchImportance,
+    "paths": AllPathImportance,
 }
 TARGET = torch.tensor([2, 0, 6])
 
@@ -46,7 +48,8 @@ def outputs(method: Any, x: Tensor) -> dict[str, Tensor]:
         "some classes": method.attribute_classes(x, [1]),
     }
     if hasattr(method, "ledger"):
-        ledger = method.ledger(x, TARGET, memories=True)
+        memory = isinstance(method, MemoryPatchImportance)
+        ledger = method.ledger(x, TARGET, **({"memories": True} if memory else {}))
         found |= {k: v for k, v in vars(ledger).items() if isinstance(v, Tensor)}
     return found
 
