@@ -6,7 +6,7 @@ so that a forgotten term would pass unseen. A new family is one entry of :data:`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -121,13 +121,35 @@ def _huggingface(attention: str, **options: Any) -> nn.Module:
     return model
 
 
+class _Louder(nn.Module):
+    """Two patches whose tokens stand far above the others."""
+
+    def __init__(self, tokens: int, sinks: Sequence[int]) -> None:
+        super().__init__()
+        more = torch.zeros(1, tokens, SMALL["embed_dim"])
+        signs = torch.arange(SMALL["embed_dim"]) % 3 - 1.0
+        more[:, list(sinks)] = 30.0 * signs
+        self.register_buffer("more", more)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens + self.more
+
+
+def _with_sinks(**options: Any) -> nn.Module:
+    model: Any = _timm(**options)
+    model.pos_drop = _Louder(model.pos_embed.shape[1], (4, 10))
+    return model  # type: ignore[no-any-return]
+
+
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "cls": _timm,
+    "cls, with sinks": _with_sinks,
     "cls, fc_norm": partial(_timm, fc_norm=True),
     "cls, no last norm": partial(_timm, final_norm=False),
     "cls, norm before the blocks": partial(_timm, pre_norm=True),
     "cls, no biases": partial(_timm, qkv_bias=False, proj_bias=False),
     "mean, fc_norm": partial(_timm, global_pool="avg"),
+    "mean, with sinks": partial(_with_sinks, global_pool="avg"),
     "mean, norm first": partial(_timm, global_pool="avg", fc_norm=False),
     "mean, no cls": partial(_timm, global_pool="avg", class_token=False),
     "mean with prefix tokens": partial(_timm, global_pool="avg", pool_include_prefix=True),

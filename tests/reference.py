@@ -85,7 +85,10 @@ def patch_importance(
     objective: str = "log_probability",
     other: Tensor | None = None,
 ) -> Tensor:
-    """(s + d + c)·√s of the shares: stream, direct to the logit, direct to the objective."""
+    """(s + d + c)·√s of the shares: stream, direct to the logit, direct to the objective.
+
+    A patch whose token enters the last block with three times the median norm scores 0.
+    """
     estimates = (
         stream(known, target, objective, other).relu(),
         memory(known, target, "logit", other),
@@ -93,7 +96,12 @@ def patch_importance(
     )
     totals = [estimate.sum((1, 2)).abs().sum(1) for estimate in estimates]
     s, d, c = (e / total.view(-1, 1, 1, 1) for e, total in zip(estimates, totals, strict=True))
-    return (s + d + c) * s.sum((1, 2), keepdim=True).sqrt()
+    maps = (s + d + c) * s.sum((1, 2), keepdim=True).sqrt()
+    norms = known.oracle.trace.resid_pre[-1][:, known.oracle.anatomy.prefix :].norm(dim=-1)
+    if norms.shape[1] != maps.shape[-1]:  # the last block takes patches apart from the stream
+        return maps
+    sink = norms > 3 * norms.median(1, keepdim=True).values
+    return maps.masked_fill(sink[:, None, None], 0.0)
 
 
 def stream(known: Case, target: Tensor, objective: str, other: Tensor | None = None) -> Tensor:

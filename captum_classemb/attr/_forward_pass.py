@@ -47,6 +47,7 @@ class Needs(NamedTuple):
     sites: Mapping[str, slice] | None = None
     site_blocks: tuple[int, ...] | None = None
     calls: bool = False
+    norms: bool = False
 
     def united(self, other: Needs) -> Needs | None:
         """What serves both; None where they read other rows or blocks."""
@@ -63,7 +64,8 @@ class Needs(NamedTuple):
         if sites and all(n.site_blocks is not None for n in (self, other) if n.sites):
             blocks = tuple(sorted({b for n in (self, other) for b in n.site_blocks or ()}))
         attention, keys = self.attention or other.attention, self.keys or other.keys
-        return Needs(*base[:2], attention, keys, sites, blocks, self.calls or other.calls)
+        calls, norms = self.calls or other.calls, self.norms or other.norms
+        return Needs(*base[:2], attention, keys, sites, blocks, calls, norms)
 
 
 @dataclass(frozen=True)
@@ -278,9 +280,12 @@ class ForwardPassAttribution(PatchAttribution):
         """The readout of the last hidden states."""
         return self.readout.at(len(self.vit.blocks) - 1, "resid_post")
 
-    def weights(self, logits: Tensor, classes: Classes, objective: Any) -> Tensor:
-        """∂score/∂logits: …×B×K×C."""
-        return logit_gradient(logits, classes.index, objective, classes.contrast)
+    def weights(
+        self, logits: Tensor, classes: Classes, objective: Any, of_logit: Tensor | None = None
+    ) -> Tensor:
+        """∂score/∂logits: …×B×K×C; ``of_logit`` is that of the logit, where it is at hand."""
+        contrast = classes.contrast
+        return logit_gradient(logits, classes.index, objective, contrast, of_logit=of_logit)
 
     def resolved(self, done: ForwardPass, g: Tensor) -> Tensor:
         """The weights g (…×B×K×C), to be reported at the end where they fall below the dtype."""
@@ -321,6 +326,7 @@ def run(vit: ViT, needs: Needs, pixels: Tensor, args: tuple[Any, ...]) -> Forwar
                 blocks=needs.blocks,
                 attention=needs.attention,
                 keys=needs.keys,
+                norms=needs.norms,
                 sites=needs.sites,
                 site_blocks=needs.site_blocks,
                 forward_args=args,

@@ -88,17 +88,17 @@ class NormJacobian:
         return NormJacobian(self.scale[index], self.centres, *parts)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Jᵀ·c = scale∘c − (c·into)·back, for cotangents c of few rows: three operations.
+        """Jᵀ·c = scale∘c − (c·into)·back/D, for cotangents c of few rows: three operations.
 
         Returns:
             scale (…×Q×1×D), into (…×Q×D×r) and back (…×Q×r×D).
         """
         assert self.x_hat is not None and self.slope is not None
-        scale, root = self.scale[..., None, :], self.x_hat.shape[-1] ** -0.5
-        mean = [torch.full_like(self.x_hat, root)] if self.centres else []
-        basis = torch.stack([*mean, self.x_hat * root], -2)
+        scale = self.scale[..., None, :]
+        mean = [torch.ones_like(self.x_hat)] if self.centres else []
+        basis = torch.stack([*mean, self.x_hat], -2)
         same = self.slope is self.x_hat
-        back = basis if same else torch.stack([*mean, self.slope * root], -2)
+        back = basis if same else torch.stack([*mean, self.slope], -2)
         return scale, (basis * scale).mT, back
 
     def _project(self, v: Tensor, right: Tensor | None, left: Tensor | None) -> Tensor:

@@ -47,6 +47,7 @@ def logit_gradient(
     objective: Objective,
     contrast: Tensor | None = None,
     paper: tuple[Tensor, Tensor] | None = None,
+    of_logit: Tensor | None = None,
 ) -> Tensor:
     """∂score/∂z for K target classes of each image.
 
@@ -59,6 +60,7 @@ def logit_gradient(
             With one class there is nothing to normalise over: all are the logit.
         contrast: other classes, B×K: the score is then z_c − z_other.
         paper: :func:`paper_weights` of the logits, where they are at hand.
+        of_logit: the gradient of ``"logit"``, likewise.
 
     Returns:
         …×B×K×C.
@@ -71,19 +73,23 @@ def logit_gradient(
     check_objective(objective, get_args(Objective))
     classes = logits.shape[-1]
     target = target.expand(*logits.shape[:-1], target.shape[-1])
-    zeros = logits.new_zeros(*target.shape, classes)
     index = target[..., None]
-    one_hot = zeros.scatter(-1, index, 1.0)
+    if of_logit is None:
+        one_hot = logits.new_zeros(*target.shape, classes).scatter(-1, index, 1.0)
+    elif contrast is not None:
+        return of_logit
+    else:
+        one_hot = of_logit
     if contrast is not None:
         return one_hot.scatter(-1, contrast.expand(target.shape)[..., None], -1.0)
     if objective == "logit" or classes == 1:
         return one_hot
     if objective == "paper":
         p, r = (part[..., None, :] for part in paper or paper_weights(logits))
-        p = p.expand(zeros.shape)
+        p = p.expand(one_hot.shape)
         own, others = p.gather(-1, index), p.scatter(-1, index, 0.0)
         return own * (one_hot * others.sum(-1, keepdim=True) - others) - r
-    others = logits[..., None, :].expand(zeros.shape).scatter(-1, index, float("-inf"))
+    others = logits[..., None, :].expand(one_hot.shape).scatter(-1, index, float("-inf"))
     log_odds = one_hot - others.softmax(-1)
     if objective == "log_odds":
         return log_odds

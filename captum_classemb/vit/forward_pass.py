@@ -39,6 +39,7 @@ def forward_pass(
     blocks: Sequence[int] | None = None,
     attention: bool = False,
     keys: bool = False,
+    norms: bool = False,
     sites: Mapping[str, slice] | None = None,
     site_blocks: Sequence[int] | None = None,
     forward_args: tuple[Any, ...] = (),
@@ -53,6 +54,7 @@ def forward_pass(
         blocks: the blocks whose memories are kept; all by default.
         attention: keep A of the query rows.
         keys: keep keys.
+        norms: keep the norms of the patch tokens that enter the last block.
         sites: kept of the same pass as :func:`~captum_classemb.vit.record` keeps them.
         site_blocks: the blocks of which sites are kept; all by default.
         forward_args: further positional arguments of the model.
@@ -64,12 +66,14 @@ def forward_pass(
     chosen = list(range(len(vit.blocks))) if blocks is None else sorted(set(blocks))
     refuse_edits(of_attention=True)
     recorder = _Recorder(vit, rows, chosen, attention, keys, tolerance)
+    recorder.reads_norms = norms
     beside = SiteRecorder.of(vit, sites, site_blocks) if sites else None
     with recorder.hooked(), beside.hooked() if beside else nullcontext(), torch.no_grad():
         logits = vit(inputs, *forward_args)
     with no_autocast(inputs.device), reading(recorder.checks.model):
         done = recorder.finish(logits)
     done.recording = beside.finish(logits) if beside else None
+    done.norms = recorder.norms
     return done
 
 
@@ -113,6 +117,8 @@ class _Recorder:
         self.free: Iterator[Tensor] = iter(())
         self.scores: list[Tensor] = []
         self.depth = 0
+        self.reads_norms = False
+        self.norms: Tensor | None = None
 
     def _regular(self, block: Block) -> bool:
         stop = self.rows.stop
@@ -164,6 +170,10 @@ class _Recorder:
         self.entered = index
         x = Call(args, kwargs).argument(self.vit.blocks[index].stream)
         self.pre = x[:, self.rows]
+        if self.reads_norms and index == len(self.vit.blocks) - 1:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            patches = x[:, self.vit.prefix_tokens :]
+            self.norms = torch.linalg.vector_norm(patches, dim=-1, dtype=wide)
         if self.left is None:
             return
         (left, version), self.left = self.left, None

@@ -72,6 +72,7 @@ class ForwardPass:
         recording: further sites, where they were asked for.
         rebuilt: the model's own readout of ``final``, where these are the rows it reads.
         calls: what the modules of every block were called with, where all tokens are followed.
+        norms: of the patch tokens that enter the last block, B×(N − P), where they were asked for.
     """
 
     logits: Tensor
@@ -85,6 +86,7 @@ class ForwardPass:
     mlp_out: Tensor | None = None
     resid_post: Tensor | None = None
     calls: list[BlockCalls] | None = None
+    norms: Tensor | None = None
 
 
 @dataclass

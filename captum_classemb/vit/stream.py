@@ -281,7 +281,10 @@ def _back(chain: Sequence[Any], at: int, cotangent: Tensor, onto: Tensor | None 
             along = c @ into
             moved = c * scale if not first or onto is None else torch.addcmul(onto, c, scale)
             c = torch.baddbmm(
-                moved.flatten(0, 1), along.flatten(0, 1), back.flatten(0, 1), alpha=-1.0
+                moved.flatten(0, 1),
+                along.flatten(0, 1),
+                back.flatten(0, 1),
+                alpha=-1.0 / moved.shape[-1],
             ).unflatten(0, moved.shape[:2])
             if first and onto is not None:
                 done: Tensor = c

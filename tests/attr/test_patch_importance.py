@@ -6,16 +6,19 @@ import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import timm
 import torch
+from cases import case
 from families import torchvision_vit
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from captum_classemb.attr import MemoryPatchImportance
 from captum_classemb.attr.patch_importance import PatchImportance
+from captum_classemb.functional.sinks import sinks
 from captum_classemb.vit import ViT, adapt, record
 from captum_classemb.vit.stream import follows_rows
 
@@ -293,3 +296,37 @@ def test_more_classes_than_dimensions_follow_a_basis(
     for c in (0, 31, 59):
         alone = importance.attribute_patches(images, c).sum((1, 2))
         assert torch.allclose(together[:, c], alone, rtol=1e-9, atol=1e-12)
+
+
+def test_sinks_score_nothing_and_change_no_other_score() -> None:
+    """A sink is left out at the end: the other patches keep their scores to the bit."""
+    known = case("cls, with sinks")
+    maps = PatchImportance(known.vit).attribute_patches(known.images, 2)
+    flat = maps.flatten(-2)
+    assert (flat[..., [3, 9]] == 0).all()
+    others = [p for p in range(16) if p not in (3, 9)]
+    assert (flat.sum((1, 2))[:, others] != 0).all()
+    with mock.patch("captum_classemb.attr.patch_importance.sinks", lambda norms: norms < 0):
+        unmasked = PatchImportance(known.vit).attribute_patches(known.images, 2)
+    assert (unmasked.flatten(-2)[..., [3, 9]] != 0).any()
+    assert torch.equal(unmasked.flatten(-2)[..., others], flat[..., others])
+
+
+@pytest.mark.parametrize("family", ["cls", "registers", "mean, fc_norm", "cait"])
+def test_where_no_token_is_a_sink_the_map_is_what_it_was(family: str) -> None:
+    known = case(family)
+    found = PatchImportance(known.vit).attribute_classes(known.images)
+    with mock.patch.object(PatchImportance, "_spared", staticmethod(lambda done, maps: maps)):
+        assert torch.equal(found, PatchImportance(known.vit).attribute_classes(known.images))
+
+
+def test_registers_and_cls_are_no_sinks_and_do_not_move_the_median() -> None:
+    norms = torch.tensor([[1.0, 1.0, 1.0, 2.9, 3.1], [2.0, 2.0, 6.1, 5.9, 2.0]])
+    expected = [[False, False, False, False, True], [False, False, True, False, False]]
+    assert sinks(norms).tolist() == expected
+    model = _timm(reg_tokens=4).eval()
+    with torch.no_grad():
+        model.reg_token.add_(100.0)
+        model.cls_token.add_(100.0)
+    maps = PatchImportance(model).attribute_patches(torch.randn(1, 3, 32, 32), 1)
+    assert (maps.sum((1, 2)) != 0).all()
