@@ -9,8 +9,9 @@ import torch
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from captum_classemb.attr._forward_pass import Classes, ForwardPassAttribution, Needs, run
+from captum_classemb.attr._forward_pass import Classes, Needs, run
 from captum_classemb.attr._inputs import TensorOrTuple, forward_args, images, like_inputs
+from captum_classemb.attr.refine import Refinable
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.functional.ledger import PathLedger
 from captum_classemb.functional.objectives import check_objective
@@ -22,7 +23,7 @@ from captum_classemb.vit.memories import ForwardPass
 __all__ = ["AllPathImportance"]
 
 
-class AllPathImportance(ForwardPassAttribution):
+class AllPathImportance(Refinable):
     """What each patch brings to the target along every path, at every depth: the most faithful map.
 
     With attention, the σ of norms and the gates f(x)/x of activations at their values the model is

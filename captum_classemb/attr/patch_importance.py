@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_classemb.attr._forward_pass import Classes, ForwardPassAttribution, Needs
+from captum_classemb.attr._forward_pass import Classes, Needs
 from captum_classemb.attr.memory import attention_of, direct_entries, direct_maps
+from captum_classemb.attr.refine import Refinable
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.attention import carried
 from captum_classemb.functional.importance import combined
@@ -30,7 +31,7 @@ _NUMBERS = 1 << 23
 """Numbers of evidence that are formed at once, likewise."""
 
 
-class PatchImportance(ForwardPassAttribution):
+class PatchImportance(Refinable):
     """What speaks for the target in each patch: the map to reach for.
 
     Three estimates of the evidence that attention carries from token j into the rows the readout

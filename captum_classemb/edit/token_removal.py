@@ -25,6 +25,7 @@ from captum_classemb.edit.tokens import (
 )
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.hooks import after, before, hooks_removed
+from captum_classemb.vit.active_edits import tables_cut
 from captum_classemb.vit.parts import Call, ViT
 
 
@@ -57,7 +58,7 @@ def remove_tokens(vit: ViT, keep: Tensor) -> Iterator[None]:
     refuse_class_attention(vit)
     removal = _Removal(vit, kept_tokens(keep, vit.prefix_tokens), keep.shape[1], keep.dtype)
     attention = removal.active() if removal.edits_attention else nullcontext()
-    with attention, hooks_removed(removal.hooks()):
+    with attention, tables_cut(removal.cut), hooks_removed(removal.hooks()):
         yield
 
 
@@ -75,6 +76,8 @@ class _Removal(AttentionEdit):
             for attention in block.attentions
             if attention.bias(Call((), {}), slice(0, 1)) is not None
         ]
+        #: Tables that are cut down are read as they are left; who hides tokens changes weights.
+        self.changes_weights = self.padded
         self.edits_attention = self.padded or bool(self.own_tables)
         everywhere = [a for block in vit.blocks for a in block.attentions]
         super().__init__(everywhere if self.padded else self.own_tables)
@@ -91,7 +94,11 @@ class _Removal(AttentionEdit):
         left = self.kept.places.shape[1]
         # Two tables may be added before they are added to dot products.
         dots = scores[0] == len(self.kept.places) and tuple(scores[-2:]) == (left, left)
-        return self._table(bias) if dots and self._is_table(bias) else bias
+        return self.cut(bias) if dots else bias
+
+    def cut(self, table: Tensor) -> Tensor:
+        """A table of positions of all tokens (N×N) for the tokens that are left."""
+        return self._table(table) if self._is_table(table) else table
 
     def _is_table(self, tensor: Tensor) -> bool:
         """Whether it has a row and a column for each token, none removed."""
@@ -171,8 +178,7 @@ class _Removal(AttentionEdit):
 
     def _cut_tables(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def cut(name: str, value: Any) -> Any:
-            table = isinstance(value, Tensor) and self._is_table(value)
-            return self._table(value) if table else value
+            return self.cut(value) if isinstance(value, Tensor) else value
 
         return _beside_tokens(args, kwargs, cut)
 

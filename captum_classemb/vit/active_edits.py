@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from torch import Tensor
 
 from captum_classemb.errors import InputError
 
-__all__ = ["editing", "marked", "refuse_edits"]
+__all__ = ["editing", "marked", "refuse_edits", "table_cuts", "tables_cut"]
 
 _state = threading.local()
 
@@ -21,6 +23,22 @@ def marked(attention: bool) -> Iterator[None]:
         yield
     finally:
         _state.edits = _state.edits[:-1]
+
+
+@contextmanager
+def tables_cut(cut: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within the context ``cut`` takes from tables of positions what belongs to tokens left."""
+    _state.cuts = (*getattr(_state, "cuts", ()), cut)
+    try:
+        yield
+    finally:
+        _state.cuts = _state.cuts[:-1]
+
+
+def table_cuts() -> tuple[Callable[[Tensor], Tensor], ...]:
+    """What the edits that this thread is within do to tables of positions, …×N×N."""
+    cuts: tuple[Callable[[Tensor], Tensor], ...] = getattr(_state, "cuts", ())
+    return cuts
 
 
 def editing() -> tuple[bool, ...]:

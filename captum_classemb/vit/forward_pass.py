@@ -288,7 +288,7 @@ class _Recorder:
             slot[:, :, :count],
             slot[:, :, count : 2 * count] if self.keys else None,
             self._weights(attention, call) if self.attention else None,
-            attention.bias(call, self.rows) if self.keys else None,
+            attention.bias_left(call, self.rows) if self.keys else None,
             inner,
             attention.mixed(call, self.rows).clone() if reads else None,
             None if self.beside else output.clone(),

@@ -20,6 +20,7 @@ from captum_classemb.functional.grid import patch_index
 from captum_classemb.functional.precision import refuse_non_finite, upcast
 from captum_classemb.readout import Linear, OutputPath, Readout, Step
 from captum_classemb.readout.features import Features
+from captum_classemb.vit.active_edits import table_cuts
 
 __all__ = ["MLP", "Attention", "Block", "Call", "ViT", "logits_of", "split_heads", "uncompiled"]
 
@@ -118,10 +119,20 @@ class Attention(ABC):
         """What is added before the softmax, broadcastable to B×H×Q×N."""
         return None
 
+    def bias_left(self, call: Call, rows: slice) -> Tensor | None:
+        """:meth:`bias` of the tokens that an edit of this pass left."""
+        cuts = table_cuts()
+        bias = self.bias(call, slice(None) if cuts else rows)
+        if bias is None or not cuts:
+            return bias
+        for cut in cuts:
+            bias = cut(bias)
+        return bias[..., rows, :] if bias.shape[-2] > 1 else bias
+
     def weights(self, call: Call, rows: slice) -> Tensor:
         """What multiplies the values at some query rows: B×H×Q×N."""
         return attention_weights(
-            self.queries(call, rows), self.keys(call), self.scale(), self.bias(call, rows)
+            self.queries(call, rows), self.keys(call), self.scale(), self.bias_left(call, rows)
         )
 
     def plain_softmax(self, call: Call, rows: slice) -> bool:

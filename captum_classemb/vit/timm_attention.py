@@ -265,7 +265,7 @@ class DifferentialAttention(TimmAttention):
     def weights(self, call: Call, rows: slice) -> Tensor:
         module: Any = self.module
         both = attention_weights(
-            self.queries(call, rows), self.keys(call), self.scale(), self.bias(call, rows)
+            self.queries(call, rows), self.keys(call), self.scale(), self.bias_left(call, rows)
         )
         factor: Tensor = module._compute_lambda()
         return both[:, 0::2] - factor.to(both.dtype) * both[:, 1::2]
