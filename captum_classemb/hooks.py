@@ -17,9 +17,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
-def before(module: nn.Module, hook: Callable[[tuple[Any, ...], Any], Any]) -> RemovableHandle:
-    """Call ``hook(args, kwargs)`` before the module; what it returns replaces both."""
-    return module.register_forward_pre_hook(_of_this_thread(hook), with_kwargs=True)
+def before(
+    module: nn.Module, hook: Callable[[tuple[Any, ...], Any], Any], first: bool = False
+) -> RemovableHandle:
+    """Call ``hook(args, kwargs)`` before the module; what it returns replaces both.
+
+    With ``first`` it is called before the hooks that are there already.
+    """
+    guarded = _of_this_thread(hook)
+    return module.register_forward_pre_hook(guarded, prepend=first, with_kwargs=True)
 
 
 def after(module: nn.Module, hook: Callable[[tuple[Any, ...], Any, Any], Any]) -> RemovableHandle:
