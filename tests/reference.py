@@ -87,7 +87,8 @@ def patch_importance(
 ) -> Tensor:
     """(s + d + c)·√s of the shares: stream, direct to the logit, direct to the objective.
 
-    A patch whose token enters the last block with three times the median norm scores 0.
+    A patch whose token enters the last block with three times the median norm scores no more than
+    a quarter of the other patches.
     """
     estimates = (
         stream(known, target, objective, other).relu(),
@@ -101,7 +102,11 @@ def patch_importance(
     if norms.shape[1] != maps.shape[-1]:  # the last block takes patches apart from the stream
         return maps
     sink = norms > 3 * norms.median(1, keepdim=True).values
-    return maps.masked_fill(sink[:, None, None], 0.0)
+    whole = maps.sum((1, 2))
+    others = whole.masked_fill(sink, -torch.inf).sort(1, descending=True).values
+    bound = others[:, whole.shape[1] // 4 - 1, None].clamp_min(0.0)
+    part = torch.where(sink & (whole > bound), bound / whole, 1.0)
+    return maps * part[:, None, None]
 
 
 def stream(known: Case, target: Tensor, objective: str, other: Tensor | None = None) -> Tensor:

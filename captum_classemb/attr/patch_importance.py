@@ -17,7 +17,7 @@ from captum_classemb.functional.attention import carried
 from captum_classemb.functional.importance import combined
 from captum_classemb.functional.objectives import check_objective
 from captum_classemb.functional.precision import no_autocast, upcast
-from captum_classemb.functional.sinks import sinks
+from captum_classemb.functional.sinks import sinks, without_sinks
 from captum_classemb.readout import ClassEmbedding, Readout
 from captum_classemb.vit.memories import ForwardPass
 from captum_classemb.vit.stream import RowStream, follows_rows
@@ -49,7 +49,8 @@ class PatchImportance(Refinable):
     Each is divided by Σ|map| over patches, and with the shares s, d, c the map is (s + d + c)·√s.
     A map says where evidence lies, not how much of it: its scale has no unit. Negative scores
     speak against the target. A sink, a patch token whose norm is above three times its image's
-    median where the last block reads it, carries next to nothing of its own patch and scores 0.
+    median where the last block reads it, carries next to nothing of its own patch: it scores no
+    higher than a quarter of the other patches do.
 
     Where the readout reads the patches themselves (mean or attention pooling), every row is read
     and following all of them would be a backward pass; the stream estimate then holds the branches
@@ -93,8 +94,8 @@ class PatchImportance(Refinable):
         along = follows_rows(self.vit, reads)
         return Needs(reads, blocks, attention=not along, keys=along, norms=True)
 
-    def _entries(self, done: ForwardPass, classes: Classes) -> list[Tensor]:
-        """(s + d + c)·√s, each estimate divided by Σ|map| over the patches: L×B×H×K×(N − P)."""
+    def _estimates(self, done: ForwardPass, classes: Classes) -> tuple[Tensor, Tensor, Tensor]:
+        """s, d and c: L×B×H×K×(N − P)."""
         readout, final = self.last_readout, done.final
         logits = self.model_logits(done)
         of_logit = self.weights(logits, classes, "logit")
@@ -105,17 +106,27 @@ class PatchImportance(Refinable):
         stream, attention = self._stream(done, readout.vjp(final, of_objective))
         direct = [direct_entries(s, a, u) for s, a in zip(done.stages, attention, strict=True)]
         d, c = self._patches(_by_head(direct)).chunk(2, 3)
-        return [self._spared(done, combined(self._patches(stream).relu(), d, c, heads=(0, 2)))]
+        return self._patches(stream).relu(), d, c
+
+    def _summed(self, done: ForwardPass, classes: Classes) -> Tensor:
+        """(s + d + c)·√s of the shares, each estimate divided by Σ|map|: B×K×(N − P)."""
+        return self._spared(done, combined(*self._estimates(done, classes), heads=(0, 2)))
+
+    def _entries(self, done: ForwardPass, classes: Classes) -> list[Tensor]:
+        """The same by block and head; a sink's entries shrink as its sum does."""
+        s, d, c = self._estimates(done, classes)
+        entries = combined(s, d, c, heads=(0, 2), apart=True)
+        whole = entries.sum((0, 2), keepdim=True)
+        spared = self._spared(done, whole[0, :, 0])[:, None]
+        part = torch.where(spared == whole[0], 1.0, spared / whole[0])
+        return [entries * part]
 
     @staticmethod
-    def _spared(done: ForwardPass, scores: Tensor) -> Tensor:
-        """Scores (…×B×…×(N − P), the batch third from the end or further) with 0 for sinks."""
-        if done.norms is None or done.norms.shape[-1] != scores.shape[-1]:
-            return scores
-        batch = 0 if scores.dim() == 3 else 1
-        shape = [1] * scores.dim()
-        shape[batch], shape[-1] = done.norms.shape
-        return scores.masked_fill(sinks(done.norms).view(shape), 0.0)
+    def _spared(done: ForwardPass, maps: Tensor) -> Tensor:
+        """Maps of the patches (B×K×(N − P)) in which no sink stands out."""
+        if done.norms is None or done.norms.shape[-1] != maps.shape[-1]:
+            return maps
+        return without_sinks(maps, sinks(done.norms)[:, None])
 
     @property
     def _weighting(self) -> str:
@@ -188,7 +199,7 @@ class PatchImportance(Refinable):
             c = torch.where((index == top)[:, None], plain, c)
         s = self._patches(evidence.total()).flatten(0, 1)[:, None]
         d, c = (part.transpose(1, 2).flatten(0, 1)[:, None] for part in (d, c))
-        maps: Tensor = combined(s, d, c)[:, 0].unflatten(0, (len(logits), -1))
+        maps: Tensor = combined(s, d, c).unflatten(0, (len(logits), -1))
         return self._spared(done, maps)
 
     def _of_all(self, logits: Tensor, index: Tensor, vjp: Callable[[Tensor], Tensor]) -> Tensor:

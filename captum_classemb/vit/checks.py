@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +48,18 @@ def reading(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-@dataclass(frozen=True)
+#: Numbers that wait to be compared with others of their shape at the end.
+_FEW = 1 << 22
+
+
+@dataclass
 class _Identity:
+    """What is compared, and then the largest difference and entry of each block and image."""
+
     what: str
     blocks: tuple[int, ...]
-    difference: Tensor
-    size: Tensor
+    pair: tuple[Tensor, Tensor] | None
+    numbers: tuple[Tensor, ...] = ()
 
 
 class Checks:
@@ -74,9 +81,10 @@ class Checks:
     def equal(self, what: str, blocks: Sequence[int], rebuilt: Tensor, real: Tensor) -> None:
         """Two values of each block and image are to agree: L×B×…, or B×… for no block."""
         lead = 2 if blocks else 1
-        both = torch.stack([rebuilt - real, real]).flatten(lead + 1)
-        size = torch.linalg.vector_norm(both, float("inf"), -1)
-        self._identities.append(_Identity(what, tuple(blocks), *size))
+        pair = rebuilt.flatten(lead), real.flatten(lead)
+        self._identities.append(_Identity(what, tuple(blocks), pair))
+        if real.numel() > _FEW:
+            _measure(self._identities[-1:])
 
     def require(self, holds: Tensor, error: Callable[[], ClassEmbError]) -> None:
         """A condition on the device, and the error if it fails."""
@@ -92,17 +100,24 @@ class Checks:
         """
         conditions, self._conditions = self._conditions, []
         identities, self._identities = self._identities, []
+        alike: dict[Any, list[_Identity]] = {}
+        for identity in identities:
+            if identity.pair is not None:
+                kind = tuple((t.shape, t.dtype) for t in identity.pair)
+                alike.setdefault(kind, []).append(identity)
+        for group in alike.values():
+            _measure(group)
         parts = [(~holds).any()[None] for holds, _ in conditions]
-        parts += [n.reshape(-1) for i in identities for n in (i.difference, i.size)]
+        parts += [n.reshape(-1) for identity in identities for n in identity.numbers]
         if not parts:
             return
-        widest = max((i.difference.dtype for i in identities), key=_bits, default=torch.float32)
+        widest = max((i.numbers[0].dtype for i in identities), key=_bits, default=torch.float32)
         both = torch.cat([part.to(widest) for part in parts]).tolist()
         for failed, (_, error) in zip(both, conditions, strict=False):
             if failed:
                 raise error()
         both = both[len(conditions) :]
-        sizes = [identity.difference.numel() for identity in identities]
+        sizes = [identity.numbers[0].numel() for identity in identities]
         start = 0
         for identity, count in zip(identities, sizes, strict=True):
             difference, size = both[start : start + count], both[start + count : start + 2 * count]
@@ -112,7 +127,7 @@ class Checks:
     def _compare(
         self, identity: _Identity, difference: Sequence[float], size: Sequence[float]
     ) -> None:
-        batch = identity.difference.shape[-1]
+        batch = identity.numbers[0].shape[-1]
         for k, (d, s) in enumerate(zip(difference, size, strict=True)):
             if d <= self.tolerance * s < float("inf") or d == 0.0:
                 continue
@@ -129,6 +144,15 @@ class Checks:
             raise UnsupportedModelError(
                 differs(self.model, identity.what + where, d / max(s, 1e-300), f"image {image}")
             )
+
+
+def _measure(identities: Sequence[_Identity]) -> None:
+    """Compare identities whose values have the same shape, together."""
+    pairs = [identity.pair for identity in identities if identity.pair is not None]
+    rebuilt, real = (torch.stack(x) if len(x) > 1 else x[0][None] for x in zip(*pairs, strict=True))
+    norms = [torch.linalg.vector_norm(x, float("inf"), -1) for x in (rebuilt - real, real)]
+    for identity, difference, size in zip(identities, *norms, strict=True):
+        identity.pair, identity.numbers = None, (difference, size)
 
 
 def differs(model: nn.Module, what: str, error: float, where: str) -> str:

@@ -358,7 +358,8 @@ class _Recorder:
             attn_out = outs[0] if len(outs) == 1 else torch.cat(outs)
             assert done.resid_pre is not None and done.mlp_out is not None
             assert done.resid_post is not None
-            total = done.resid_pre + attn_out + done.mlp_out
+            done.resid_mid = done.resid_pre + attn_out
+            total = done.resid_mid + done.mlp_out
             self.checks.equal("outputs", self.chosen, total, done.resid_post)
         return done
 

@@ -67,6 +67,7 @@ class ForwardPass:
         final: the residual stream after the last block, at the rows read, B×Q×D.
         stages: the blocks that are read, in order.
         resid_pre, mlp_out, resid_post: the stream at the rows read, L×B×Q×D, where rows are few.
+        resid_mid: the same after attention, where blocks are regular.
         checks: identities to be compared at the end of the call.
         rows: the query rows.
         recording: further sites, where they were asked for.
@@ -85,6 +86,7 @@ class ForwardPass:
     resid_pre: Tensor | None = None
     mlp_out: Tensor | None = None
     resid_post: Tensor | None = None
+    resid_mid: Tensor | None = None
     calls: list[BlockCalls] | None = None
     norms: Tensor | None = None
 

@@ -84,7 +84,8 @@ class RowStream:
             entering = done.resid_pre[some]
             modules = [self._attend(done, stage, i, entering) for i in range(len(stage.modules))]
             self.attention.append([module.attention for module in modules])
-            middle = entering + stage.attn_out
+            mid = done.resid_mid
+            middle = entering + stage.attn_out if mid is None else mid[some]
             number = len(vit.blocks[stage.blocks[0]].mlps)
             columns = [[vit.blocks[b].mlps[i] for b in stage.blocks] for i in range(number)]
             written, chains = zip(*(self._mlp(column, middle) for column in columns), strict=True)

@@ -298,18 +298,21 @@ def test_more_classes_than_dimensions_follow_a_basis(
         assert torch.allclose(together[:, c], alone, rtol=1e-9, atol=1e-12)
 
 
-def test_sinks_score_nothing_and_change_no_other_score() -> None:
-    """A sink is left out at the end: the other patches keep their scores to the bit."""
-    known = case("cls, with sinks")
-    maps = PatchImportance(known.vit).attribute_patches(known.images, 2)
-    flat = maps.flatten(-2)
-    assert (flat[..., [3, 9]] == 0).all()
+@pytest.mark.parametrize("family", ["cls, with sinks", "mean, with sinks"])
+def test_sinks_do_not_stand_out_and_change_no_other_score(family: str) -> None:
+    known = case(family)
+    method = PatchImportance(known.vit)
+    found = method.attribute_classes(known.images).flatten(2)
+    with mock.patch.object(PatchImportance, "_spared", staticmethod(lambda done, maps: maps)):
+        plain = method.attribute_classes(known.images).flatten(2)
     others = [p for p in range(16) if p not in (3, 9)]
-    assert (flat.sum((1, 2))[:, others] != 0).all()
-    with mock.patch("captum_classemb.attr.patch_importance.sinks", lambda norms: norms < 0):
-        unmasked = PatchImportance(known.vit).attribute_patches(known.images, 2)
-    assert (unmasked.flatten(-2)[..., [3, 9]] != 0).any()
-    assert torch.equal(unmasked.flatten(-2)[..., others], flat[..., others])
+    assert torch.equal(found[..., others], plain[..., others])
+    bound = plain[..., others].sort(-1, descending=True).values[..., 3].clamp_min(0.0)
+    for sink in (3, 9):
+        assert torch.equal(found[..., sink], plain[..., sink].minimum(bound))
+    assert not torch.equal(found, plain)
+    by_head = method.attribute_patches(known.images, 2).sum((1, 2)).flatten(1)
+    assert torch.allclose(by_head, found[:, 2], atol=1e-12)
 
 
 @pytest.mark.parametrize("family", ["cls", "registers", "mean, fc_norm", "cait"])
