@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from captum_classemb.errors import InputError
-from captum_classemb.plot.maps import bare, color_scale, overlay_map
+from captum_classemb.plot.maps import Scale, bare, color_scale, overlay_map
 
 Floats = npt.NDArray[np.floating]
 
@@ -136,9 +136,10 @@ def explanation_figure(
             _draw_heading(page.heading(figure, row, column), name, note, colors[target.index])
             for method in maps:
                 ax = page.map(figure, row, column)
-                overlay_map(ax, image, method.values[k], smooth=smooth)
+                scale = color_scale(method.values)
+                overlay_map(ax, image, method.values[k], smooth=smooth, scale=scale)
                 ax.set_title(method.title, fontsize=8.5, pad=4)
-                _draw_scale(page.scale(figure, row, column), method.values[k], method.caption)
+                _draw_scale(page.scale(figure, row, column), scale, method)
                 column += 1
     return figure
 
@@ -305,20 +306,26 @@ def _draw_evolution(ax: Axes, patches: Floats, cls: Floats | None) -> None:
     )
 
 
-def _draw_scale(ax: Axes, values: Floats, caption: str) -> None:
-    colors, norm = color_scale(values)
+def _draw_scale(ax: Axes, scale: Scale, method: PatchMaps) -> None:
+    """The colours of a method, which all targets share; ≤ and ≥ where scores lie beyond."""
+    colors, norm = scale
     low, high = float(norm.vmin or 0.0), float(norm.vmax or 0.0)
     ramp = np.linspace(low, high, 257)[None]
     ax.imshow(ramp, cmap=colors, norm=norm, aspect="auto", extent=(low, high, 0, 1))
     ticks = (low, 0.0, high) if low < 0 else (0.0, high)
-    ax.set_xticks(ticks, labels=[_signed(tick) for tick in ticks])
+    labels = [_signed(tick) for tick in ticks]
+    if method.values.max() > high:
+        labels[-1] = f"≥ {labels[-1]}"
+    if method.values.min() < low:
+        labels[0] = f"≤ {labels[0]}"
+    ax.set_xticks(ticks, labels=labels)
     ax.set_yticks([])
     ax.tick_params(length=0, pad=2)
     ax.spines[:].set_visible(False)
     # The outer labels end where the bar does.
     ax.get_xticklabels()[0].set_horizontalalignment("left")
     ax.get_xticklabels()[-1].set_horizontalalignment("right")
-    ax.set_xlabel(caption, fontsize=7.5, color=_FAINT, labelpad=1)
+    ax.set_xlabel(method.caption, fontsize=7.5, color=_FAINT, labelpad=1)
 
 
 def _signed(value: float) -> str:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from captum_classemb.errors import InputError, NonFiniteError
 
 Floats = npt.NDArray[np.floating]
+Scale = tuple[LinearSegmentedColormap, Normalize]
 
 
 def _srgb(oklab: Floats) -> Floats:
@@ -61,10 +62,10 @@ _CLIPPED = 0.01
 
 
 def color_scale(values: npt.ArrayLike) -> tuple[LinearSegmentedColormap, Normalize]:
-    """The colours for a map: diverging and symmetric about 0, or sequential if nothing is negative.
+    """The colours for maps: diverging and symmetric about 0, or sequential if nothing is negative.
 
     Args:
-        values: h×w.
+        values: h×w, or …×h×w for maps that are to be compared with each other.
 
     Returns:
         A colour map and the range it covers; one patch in a hundred may lie beyond the range.
@@ -72,7 +73,9 @@ def color_scale(values: npt.ArrayLike) -> tuple[LinearSegmentedColormap, Normali
     Raises:
         NonFiniteError: if a value is NaN or infinite.
     """
-    scores = _finite(values)
+    scores = _finite(
+        np.reshape(values, (-1, np.shape(values)[-1])) if np.ndim(values) > 2 else values
+    )
     limit = float(np.quantile(np.abs(scores), 1 - _CLIPPED))
     limit = limit or float(np.abs(scores).max()) or 1.0
     if scores.min() < 0:
@@ -109,7 +112,12 @@ def upsample(values: npt.ArrayLike, image_size: tuple[int, int], smooth: bool = 
 
 
 def overlay_map(
-    ax: Axes, image: npt.NDArray[np.uint8], values: npt.ArrayLike, *, smooth: bool = True
+    ax: Axes,
+    image: npt.NDArray[np.uint8],
+    values: npt.ArrayLike,
+    *,
+    smooth: bool = True,
+    scale: Scale | None = None,
 ) -> ScalarMappable:
     """Print a map over its image, which shows through in gray.
 
@@ -118,6 +126,7 @@ def overlay_map(
         image: H×W×3, 8 bits.
         values: h×w, row by row from the upper left.
         smooth: see `upsample`.
+        scale: colours and their range, where several maps share them; see `color_scale`.
 
     Returns:
         The colours and their range, for a colour bar.
@@ -126,16 +135,24 @@ def overlay_map(
         InputError: if `values` is no map, or finer than the image.
         NonFiniteError: if a value is NaN or infinite.
     """
-    colors, norm = color_scale(values)
+    colors, norm = scale or color_scale(values)
+    printed = blend(image, values, (colors, norm), smooth)
+    ax.imshow(printed, interpolation="bicubic" if smooth else "nearest")
+    bare(ax)
+    return ScalarMappable(norm, colors)
+
+
+def blend(
+    image: npt.NDArray[np.uint8], values: npt.ArrayLike, scale: Scale, smooth: bool
+) -> Floats:
+    """A map printed over its image in gray: H×W×3 in 0–1."""
+    colors, norm = scale
     pixels = upsample(values, image.shape[:2], smooth)
     gray = (image / 255.0) @ np.array([0.2126, 0.7152, 0.0722])
     # Stretched and lightened, so that even in a dark photograph the colours can be told apart.
     low, high = np.quantile(gray, (0.02, 0.98))
     paper = 0.66 + 0.34 * np.clip((gray - low) / max(high - low, 1e-6), 0.0, 1.0)[..., None]
-    printed = colors(norm(pixels))[..., :3] * paper
-    ax.imshow(printed, interpolation="bicubic" if smooth else "nearest")
-    bare(ax)
-    return ScalarMappable(norm, colors)
+    return np.asarray(colors(norm(pixels))[..., :3] * paper)
 
 
 def bare(ax: Axes) -> None:
