@@ -22,6 +22,12 @@ def _known_method(ctx: click.Context, option: click.Parameter, given: Any) -> An
     return given
 
 
+def _real_device(ctx: click.Context, option: click.Parameter, given: str) -> str:
+    if given.split(":")[0] == "meta":
+        raise click.BadParameter("meta computes nothing: give cpu, cuda, ...", ctx, option)
+    return given
+
+
 _SHARED: dict[str, dict[str, Any]] = {
     "model": {
         "metavar": "NAME",
@@ -63,6 +69,7 @@ _SHARED: dict[str, dict[str, Any]] = {
         "help": "Processes that read images.",
     },
     "device": {
+        "callback": _real_device,
         "default": "auto",
         "metavar": "NAME",
         "help": "cpu, cuda, ...; auto: a GPU, if any.",

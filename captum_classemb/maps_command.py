@@ -71,8 +71,7 @@ def _run(given: dict[str, Any]) -> None:
     from captum_classemb.vit import adapt
 
     init_process_group()
-    device = local_device(given["device"])
-    resolve_device(device)
+    device = local_device(resolve_device(given["device"]))
     loud = is_main_process() and not given["quiet"]
     model = load_model(given["model"], random_init=True, device="meta")
     targets = _targets(given["targets"], class_names(model))

@@ -125,8 +125,7 @@ def run_command(study: type[Study], given: dict[str, Any]) -> None:
     from captum_classemb.runs.runner import RunOptions, run_study
 
     init_process_group()
-    device = local_device(given["device"])
-    resolve_device(device)
+    device = local_device(resolve_device(given["device"]))
     loud = is_main_process() and not given["quiet"]
     data = study_dataset(given, study.labelled, say=loud)
     config = _config(given)

@@ -15,6 +15,9 @@ from captum_classemb.explorer import ExplorerPage
 from captum_classemb.explorer.contents import Contents, LedgerEntries, MethodMaps
 from captum_classemb.explorer.quantise import quantise
 
+#: Methods without entries of heads.
+HEADLESS = ("class-embedding-projection", "all-path-importance")
+
 
 def noise(
     blocks: int = 3, heads: int = 2, side: int = 4, classes: int = 12, detailed: int = 9
@@ -24,7 +27,9 @@ def noise(
     patches, focus = side * side, min(9, classes)
     methods = []
     for key in OWN:
-        columns = 1 if key == "class-embedding-projection" else heads + 1
+        columns = 1 if key in HEADLESS else heads + 1
+        # Maps of many classes along all paths would take long.
+        mapped = focus if key == "all-path-importance" else classes
         parts = rng.normal(size=(detailed, blocks, columns, side, side))
         methods.append(
             MethodMaps(
@@ -32,8 +37,8 @@ def noise(
                 title=key.title(),
                 caption="noise",
                 whole="all",
-                classes=np.arange(classes),
-                maps=quantise(rng.normal(size=(classes, side, side))),
+                classes=np.arange(mapped),
+                maps=quantise(rng.normal(size=(mapped, side, side))),
                 parts=quantise(parts),
                 totals=parts.sum((-2, -1)),
             )

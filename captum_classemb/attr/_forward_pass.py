@@ -93,7 +93,7 @@ class ForwardPassAttribution(PatchAttribution):
     _AT_ONCE = 16
 
     #: Whether entries are of heads, of which every block then needs as many.
-    _OF_HEADS = True
+    by_head = True
 
     def __init__(
         self,
@@ -237,7 +237,7 @@ class ForwardPassAttribution(PatchAttribution):
             classes = self.against(done, index, contrast)
             if summed:
                 return self._summed(done, classes)[:, 0]
-            if self._OF_HEADS and len(set(head_counts(self.vit))) > 1:
+            if self.by_head and len(set(head_counts(self.vit))) > 1:
                 head_count(self.vit)
             stages = self._entries(done, classes)
             by_block = stages[0] if len(stages) == 1 else torch.cat(stages)

@@ -60,7 +60,7 @@ class AllPathImportance(Refinable):
 
     #: A cotangent holds every token's: fewer classes at once than of other methods.
     _AT_ONCE = 8
-    _OF_HEADS = False
+    by_head = False
 
     def __init__(
         self,

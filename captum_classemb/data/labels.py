@@ -206,6 +206,11 @@ class Labelling:
         end = "name them all in one way, or say with --labels what they are"
         if self.count is not None and set(every) == {str(n + 1) for n in range(self.count)}:
             return DataError(f"{start}: they count from 1, and outputs from 0; {end}.")
+        numbers = [folder for folder in every if _DIGITS.fullmatch(folder)]
+        if numbers == list(every) and (beyond := [n for n in every if not self._by_number(n)]):
+            return DataError(
+                f"{start}: {_some(beyond)} is no index of its {self.count} outputs; {end}."
+            )
         if all(map(is_wordnet_id, every)):
             return DataError(
                 f"{start}: {_some(folders)} is no WordNet id of its {self.count} outputs; {end}."

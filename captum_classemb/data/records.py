@@ -128,6 +128,14 @@ def _read_mask(record: Record, path: Path, orientation: int) -> tuple[torch.Tens
     return torch.from_numpy(mask), source
 
 
+def _size(path: Path) -> int:
+    """In bytes; of a file that cannot be looked at, which is refused when it is read, −1."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
 def _turned(box: Box, size: tuple[int, int], orientation: int) -> Box:
     """A box of the stored image, in pixels of the upright one of width and height ``size``."""
     x0, y0, x1, y1 = box
@@ -184,7 +192,7 @@ class RecordDataset(Dataset[Sample]):
         """SHA-256 of names, labels, boxes and file sizes, in order: another set has another."""
         digest = hashlib.sha256()
         for record in self.records:
-            sizes = [path.stat().st_size for path in (record.image, record.mask) if path]
+            sizes = [_size(path) for path in (record.image, record.mask) if path]
             digest.update(repr((record.name, record.label, record.boxes, sizes)).encode())
         return digest.hexdigest()
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from captum_classemb.attr import (
     METHODS,
+    AllPathImportance,
     ClassEmbeddingProjection,
     MemoryPatchImportance,
     PatchAttribution,
@@ -36,8 +37,8 @@ from captum_classemb.vit import ViT, adapt
 
 Floats = npt.NDArray[np.floating]
 
-# What PatchImportance takes at once: more classes cost more time than a page is worth.
-_FEW = 64
+#: Classes beside those in focus that have maps, where each costs time: otherwise all have.
+_FEW = {PatchImportance: 64, AllPathImportance: 0}
 
 
 def explore(
@@ -215,11 +216,11 @@ class Explore:
         return step
 
     def _read_method(self, name: str, method: PatchAttribution) -> MethodMaps:
-        classes = self._classes_with_maps(every_class=not isinstance(method, PatchImportance))
+        classes = self._classes_with_maps(method)
         maps = self._pass.maps(method, torch.from_numpy(classes))[0]
         if isinstance(method, ForwardPassAttribution):
             parts = np.stack([self._parts(method, i) for i in self.focus])
-            whole = "all blocks and heads"
+            whole = "all blocks" + " and heads" * method.by_head
         else:
             # The tokens of every block are read already.
             parts, whole = self._projected, "last block"
@@ -240,6 +241,8 @@ class Explore:
         done, target = self._pass.done, torch.tensor([index], device=self.vit.device)
         by_head = _numpy(method.one_class(done, target, summed=False)[0])
         by_head = by_head.reshape(*by_head.shape[:2], *self._grid)
+        if not method.by_head:
+            return by_head
         return np.concatenate([by_head.sum(1, keepdims=True), by_head], 1)
 
     def _read_ledger(self) -> None:
@@ -266,10 +269,11 @@ class Explore:
             score=each(lambda ledger: ledger.score),
         )
 
-    def _classes_with_maps(self, every_class: bool) -> npt.NDArray[np.integer]:
+    def _classes_with_maps(self, method: PatchAttribution) -> npt.NDArray[np.integer]:
         # Those in focus first: however improbable a target is, it is asked for.
         chosen = list(dict.fromkeys([*self.focus, *map(int, self._order)]))
-        return np.array(chosen if every_class else chosen[: max(_FEW, len(self.focus))])
+        most = next((n for kind, n in _FEW.items() if isinstance(method, kind)), len(chosen))
+        return np.array(chosen[: max(most, len(self.focus))])
 
 
 def _pool(ledger: LogitLedger) -> Tensor:

@@ -52,11 +52,8 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
-def local_device(name: str) -> torch.device:
-    """``"auto"``: this process's GPU where there is one, else the CPU; or as named."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+def local_device(device: torch.device) -> torch.device:
+    """This process's own GPU, where "cuda" is named without a number."""
     if device.type == "cuda" and device.index is None:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         device = torch.device("cuda", local_rank % torch.cuda.device_count())

@@ -8,15 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 from click.testing import CliRunner
 from command_line import Explain
 
 from captum_classemb import cli as commands
+from captum_classemb.attr import METHODS
 from captum_classemb.cli import cli
 from captum_classemb.errors import DataError
-from captum_classemb.explain import METHODS
 from captum_classemb.explain import run as explain_run
 
 
@@ -71,10 +70,14 @@ def test_further_commands_have_the_same_manners() -> None:
         cli.commands.pop("fail")
 
 
-def test_choices_are_the_methods_there_are() -> None:
-    (option,) = (p for p in cli.commands["explain"].params if p.name == "methods")
-    assert isinstance(option.type, click.Choice)
-    assert list(option.type.choices) == list(METHODS)
+@pytest.mark.parametrize("command", ["explain", "maps"])
+def test_choices_are_the_methods_that_need_nothing_beside_a_model(command: str) -> None:
+    words = [command, "--method", "saliency"]
+    words += ["--data", "scenes", "--output", "nowhere"] if command == "maps" else []
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 2
+    for name, method in METHODS.items():
+        assert (f"'{name}'" in result.output) == (not method.needs)
 
 
 @pytest.mark.parametrize("page", [False, True])

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import timm
 import torch
+from click.testing import CliRunner
 from command_line import MODEL, Explain, assert_refused, errors, files
 from PIL import Image
+
+from captum_classemb.cli import cli
 
 
 @pytest.mark.parametrize(
@@ -167,3 +170,22 @@ def test_unusual_images_are_simply_read(explain: Explain, tmp_path: Path) -> Non
     result = explain(folder, "--method", "class-embedding-projection")
     assert result.exit_code == 0, result.output
     assert len(files(tmp_path / "out")) == 12
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "toaster", "meta", "meta:0", "cuda"])
+@pytest.mark.parametrize("command", ["explain", "maps", "study"])
+def test_devices_that_are_not_there_are_refused_by_every_command(
+    command: str, device: str, photos: Path, tmp_path: Path
+) -> None:
+    if torch.cuda.is_available() and device == "cuda":
+        pytest.skip("there is one")
+    words = {
+        "explain": ["explain", str(photos)],
+        "maps": ["maps", "--data", str(photos)],
+        "study": ["study", "fourier", "--model", "demo_vit", "--data", str(photos)],
+    }[command]
+    output = tmp_path / "out"
+    result = CliRunner().invoke(cli, [*words, "--output", str(output), "--device", device])
+    assert result.exit_code == 2, result.output
+    assert "give 'cpu'" in result.output or "give cpu" in result.output
+    assert not output.exists()

@@ -241,6 +241,7 @@ def test_damaged_images_are_named_and_left_out(maps: Maps, photos: Path, tmp_pat
     run = json.loads((tmp_path / "out/run.json").read_text())
     assert len(run["refused"]) == 3
     lines = list(csv.DictReader((tmp_path / "out/index.csv").open()))
+    assert len(lines) == IMAGES - 3
     assert "seven/04.png" not in {line["file"] for line in lines}
 
 
@@ -260,3 +261,25 @@ def test_scores_that_half_precision_cannot_hold_are_refused(
     options = MapOptions(limit=2, progress=False)
     with pytest.raises(InputError, match="too large or too small for float16"):
         write_maps(adapt(model), "demo_vit", data, tmp_path / "out", options)
+
+
+@pytest.mark.parametrize("command", ["maps", "study", "explain"])
+def test_links_that_lead_nowhere_are_named_and_the_rest_goes_on(
+    command: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in "abcd":
+        Image.new("RGB", (70, 70), "teal").save(folder / f"{name}.png")
+    (folder / "nowhere.png").symlink_to("missing.png")
+    (folder / "loop.png").symlink_to("loop.png")
+    words = {
+        "explain": ["explain", str(folder)],
+        "maps": ["maps", "--data", str(folder)],
+        "study": ["study", "fourier", "--model", "demo_vit", "--data", str(folder)],
+    }[command]
+    result = CliRunner().invoke(cli, [*words, "--output", str(tmp_path / "out")])
+    assert result.exit_code == 2 and result.exception is not None
+    assert isinstance(result.exception, SystemExit), result.output
+    for name in ("nowhere", "loop"):
+        assert f"{name}.png does not exist" in result.output
