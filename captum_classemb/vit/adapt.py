@@ -9,7 +9,7 @@ from torch import nn
 
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.vit.checks import reading
-from captum_classemb.vit.inside import read_inside
+from captum_classemb.vit.inside import read_encoder, read_inside
 from captum_classemb.vit.parts import ViT, uncompiled
 
 __all__ = ["Adapter", "adapt", "register_adapter", "supported_families"]
@@ -71,6 +71,8 @@ _BUILT_IN = {
         ("timm", "adapt_timm"),
     ),
     "open_clip.transformer.VisionTransformer": ("open_clip", "adapt_tower"),
+    "vit_pytorch.vit.ViT": ("vit_pytorch", "adapt_vit_pytorch"),
+    "vit_pytorch.simple_vit.SimpleViT": ("vit_pytorch", "adapt_vit_pytorch"),
     "torchvision.models.vision_transformer.VisionTransformer": (
         "torchvision",
         "adapt_torchvision",
@@ -154,6 +156,9 @@ def _read(model: nn.Module) -> ViT:
     if reason is not None:
         raise UnsupportedModelError(reason)
     found = dict(_outermost(model, ""))
+    encoders = [m for m in model.named_modules() if type(m[1]) is nn.TransformerEncoder]
+    if not found and len(encoders) == 1:
+        return read_encoder(model, *encoders[0])
     if not found:
         for inner in model.modules():
             reason = _known_refusal(inner)

@@ -8,6 +8,7 @@ token beside the mean of the patches, of tokens with or without a norm of their 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -24,12 +25,18 @@ from captum_classemb.hooks import after, before, hooks_removed
 from captum_classemb.readout import AttentionPooled, Norm, Readout
 from captum_classemb.readout.features import Features, layers_of
 from captum_classemb.vit.parts import Call, ViT, logits_of
+from captum_classemb.vit.transformer_encoder import encoders_of
 from captum_classemb.vit.verify import refuse_random_forward
 
-__all__ = ["read_inside"]
+__all__ = ["read_encoder", "read_inside"]
 
 _SCORES = (nn.Softmax, nn.Sigmoid, nn.LogSoftmax, nn.LogSigmoid)
+_PREFIX = 16
 _SIDES = (224, 256, 64, 32, 384, 512)
+
+
+class _NotCalledError(UnsupportedModelError):
+    """The model takes none of the images that it was called with."""
 
 
 @dataclass
@@ -76,7 +83,41 @@ def read_inside(model: nn.Module, path: str, inner: ViT) -> ViT:
         UnsupportedModelError: if what the model makes of the last tokens is not found.
     """
     refuse_random_forward(model)
-    trace = _called(model, path, inner)
+    return _read(model, path, inner, _called(model, path, inner))
+
+
+def read_encoder(model: nn.Module, path: str, encoder: nn.Module) -> ViT:
+    """The model around an ``nn.TransformerEncoder``.
+
+    Patches, prefix tokens and the size of images are found by what the model takes, and verified
+    with the rest of the reading.
+
+    Args:
+        model: calls the encoder once.
+        path: the name of the encoder in it, for messages.
+        encoder: the encoder.
+
+    Raises:
+        InputError: if something random is active in train mode.
+        UnsupportedModelError: if the layers are not supported, or patches or what the model makes
+            of the last tokens are not found.
+    """
+    refuse_random_forward(model)
+    for inner in encoders_of(model, encoder):
+        with suppress(_NotCalledError):
+            trace = _called(model, path, inner)
+            h, w = inner.grid(trace.size)
+            inner.prefix_tokens = trace.tokens.shape[1] - h * w
+            inner.image_size = trace.size
+            if 0 <= inner.prefix_tokens <= _PREFIX:
+                return _read(model, path, inner, trace)
+    raise UnsupportedModelError(
+        f"{type(model).__qualname__} holds an nn.TransformerEncoder, but no layer that makes one "
+        "token of each patch was found before it: register_adapter can say how it is built."
+    )
+
+
+def _read(model: nn.Module, path: str, inner: ViT, trace: _Trace) -> ViT:
     found = _readout(trace, inner)
     if found is None:
         raise UnsupportedModelError(_refusal(model, path, inner, "is not made by modules alone"))
@@ -137,9 +178,15 @@ def _images(inner: ViT, side: tuple[int, int], channels: int) -> Tensor:
 
 def _called(model: nn.Module, path: str, inner: ViT) -> _Trace:
     """The model called with images of a size and channels that it takes."""
-    height, width = inner.image_size or (4 * inner.patch_size[0], 4 * inner.patch_size[1])
+    p, q = inner.patch_size
+    height, width = inner.image_size or (4 * p, 4 * q)
     sides = [(height, width), (height // 2, width // 2), (2 * height, 2 * width)]
     sides += [(side, side) for side in _SIDES]
+    # Learnt positions, a row each, tell the number of patches of a model of fixed size.
+    rows = {t.shape[-2] for t in (*model.parameters(), *model.buffers()) if t.dim() > 1}
+    grids = sorted({math.isqrt(n - prefix) for n in rows for prefix in (0, 1, 2) if n > prefix})
+    known = {n - prefix for n in rows for prefix in range(3)}
+    sides += [(g * p, g * q) for g in grids if g * g in known]
     first: Exception | None = None
     for side in sides:
         for channels in dict.fromkeys((3, inner.channels, 1)):
@@ -150,7 +197,7 @@ def _called(model: nn.Module, path: str, inner: ViT) -> _Trace:
             except Exception as error:  # whatever the user's own code raises
                 first = first or error
     said = str(first).split("\n")[0]
-    raise UnsupportedModelError(
+    raise _NotCalledError(
         _refusal(
             model,
             path,
@@ -184,7 +231,8 @@ def _trace(model: nn.Module, inner: ViT, pixels: Tensor) -> _Trace:
             events.append(_Event(module, entered[module].pop(), left.clone()))
 
     def inner_entered(args: Any, kwargs: Any) -> None:
-        received.append(_size(args, kwargs))
+        if Call(args, kwargs).input.dim() == 4:
+            received.append(_size(args, kwargs))
 
     def inner_left(args: Any, kwargs: Any, output: Any) -> None:
         with suppress(UnsupportedModelError):
@@ -235,8 +283,12 @@ def _with_another_size(
     """Another size of images, and what size reaches the Vision Transformer; None if it fails."""
     side = (trace.size[0] + 2 * inner.patch_size[0], trace.size[1])
     received: list[tuple[int, int]] = []
-    hook = before(inner.model, lambda args, kwargs: received.append(_size(args, kwargs)))
-    with hooks_removed([hook]), suppress(Exception), torch.no_grad():
+
+    def enter(args: Any, kwargs: Any) -> None:
+        # An encoder takes tokens: nothing was resized on the way to it.
+        received.append(_size(args, kwargs) if Call(args, kwargs).input.dim() == 4 else side)
+
+    with hooks_removed([before(inner.model, enter)]), suppress(Exception), torch.no_grad():
         model(_images(inner, side, trace.channels))
         return side, received[0]
     return side, None

@@ -22,7 +22,17 @@ from captum_classemb.readout import Linear, OutputPath, Readout, Step
 from captum_classemb.readout.features import Features
 from captum_classemb.vit.active_edits import table_cuts
 
-__all__ = ["MLP", "Attention", "Block", "Call", "ViT", "logits_of", "split_heads", "uncompiled"]
+__all__ = [
+    "MLP",
+    "Attention",
+    "Block",
+    "Call",
+    "ViT",
+    "logits_of",
+    "split_heads",
+    "uncompiled",
+    "whole_patches",
+]
 
 
 @dataclass
@@ -271,6 +281,11 @@ def logits_of(output: Any, model: str) -> Tensor:
             "logits alone, or under the name 'logits'."
         )
     return output
+
+
+def whole_patches(patch: tuple[int, int], image: tuple[int, int]) -> tuple[int, int]:
+    """The grid of an image whose last pixels are left out where they fill no patch."""
+    return image[0] // patch[0], image[1] // patch[1]
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
