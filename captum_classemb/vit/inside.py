@@ -249,8 +249,7 @@ def _trace(model: nn.Module, inner: ViT, pixels: Tensor) -> _Trace:
                 before(module, partial(enter, module)),
                 after(module, partial(leave, module)),
             ]
-    eager = torch.compiler.set_stance("force_eager")
-    with hooks_removed(handles), torch.no_grad(), eager:
+    with hooks_removed(handles), torch.no_grad():
         output = logits_of(model(pixels), type(model).__qualname__)
     if len(tokens) != 1:
         raise UnsupportedModelError(

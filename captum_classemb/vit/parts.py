@@ -377,9 +377,7 @@ class ViT(nn.Module):
         # Captum has no other way to hand on keyword arguments.
         if len(args) > 1 and isinstance(args[-1], Mapping):
             args, kwargs = args[:-1], {**args[-1], **kwargs}
-        # Compiled code does not call hooks that were set after its first call.
-        with torch.compiler.set_stance("force_eager"):
-            output = (self.model if self.call is None else self.call)(*args, **kwargs)
+        output = (self.model if self.call is None else self.call)(*args, **kwargs)
         return logits_of(output, type(self.model).__qualname__)
 
     @property

@@ -91,9 +91,9 @@ def _block(attention: Any, feed_forward: Any, following: nn.Module) -> Block:
 def adapt_vit_pytorch(model: nn.Module) -> ViT:
     """Adapt a ``ViT`` or ``SimpleViT``."""
     vit: Any = model
-    layers = [tuple(layer) for layer in vit.transformer.layers]
-    following = [attention for attention, _ in layers[1:]] + [vit.transformer.norm]
-    blocks = [_block(*layer, after) for layer, after in zip(layers, following, strict=True)]
+    attentions, feed_forwards = zip(*vit.transformer.layers, strict=True)
+    following = (*attentions[1:], vit.transformer.norm)
+    blocks = [_block(*parts) for parts in zip(attentions, feed_forwards, following, strict=True)]
     embedding = next(m for m in vit.to_patch_embedding if isinstance(m, nn.Linear))
     p, q = vit.patch_size
     prefix = 1 if vit.pool == "cls" else 0
