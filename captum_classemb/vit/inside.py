@@ -54,7 +54,8 @@ class _Trace:
 
     Attributes:
         size: of the images given.
-        received: size of the images that the Vision Transformer was called with, and the channels.
+        received: size of the images that the Vision Transformer was called with.
+        unchanged: whether they were the images given.
         tokens: what its last block returned, B×N×D.
         events: the modules that were called after it, in the order they returned.
         inner: what the Vision Transformer returned, if a tensor.
@@ -64,6 +65,7 @@ class _Trace:
     size: tuple[int, int]
     channels: int
     received: tuple[int, int]
+    unchanged: bool
     tokens: Tensor
     events: list[_Event]
     inner: Tensor | None
@@ -140,6 +142,7 @@ def _read(model: nn.Module, path: str, inner: ViT, trace: _Trace) -> ViT:
         features,
     )
     vit.resized_to = fixed
+    vit._pixels_of = (inner.pixels_of if trace.unchanged else None,)
     if last is not None:
         vit.call = partial(_output_of, model, last)
     return vit
@@ -212,6 +215,7 @@ def _trace(model: nn.Module, inner: ViT, pixels: Tensor) -> _Trace:
     last = inner.blocks[-1].module
     tokens: list[Tensor] = []
     received: list[tuple[int, int]] = []
+    unchanged: list[bool] = []
     returned: list[Tensor] = []
     entered: dict[nn.Module, list[Tensor]] = {}
     events: list[_Event] = []
@@ -231,8 +235,10 @@ def _trace(model: nn.Module, inner: ViT, pixels: Tensor) -> _Trace:
             events.append(_Event(module, entered[module].pop(), left.clone()))
 
     def inner_entered(args: Any, kwargs: Any) -> None:
-        if Call(args, kwargs).input.dim() == 4:
+        given = Call(args, kwargs).input
+        if given.dim() == 4:
             received.append(_size(args, kwargs))
+            unchanged.append(given.shape == pixels.shape and torch.equal(given, pixels))
 
     def inner_left(args: Any, kwargs: Any, output: Any) -> None:
         with suppress(UnsupportedModelError):
@@ -261,6 +267,7 @@ def _trace(model: nn.Module, inner: ViT, pixels: Tensor) -> _Trace:
         size,
         pixels.shape[1],
         received[0] if received else size,
+        all(unchanged),
         tokens[0],
         events,
         returned[0] if returned else None,

@@ -312,6 +312,7 @@ _FACTS = (
     "resized_to",
     "call",
     "features",
+    "_pixels_of",
 )
 
 
@@ -363,6 +364,8 @@ class ViT(nn.Module):
         self.resized_to: tuple[int, int] | None = None
         #: How the model is called, where its own forward needs more than images.
         self.call: Callable[..., Any] | None = None
+        # In a tuple, so that it is not registered a second time.
+        self._pixels_of: tuple[nn.Module | None] = (model,)
         self.training = model.training
 
     def read_again(self) -> None:
@@ -420,6 +423,11 @@ class ViT(nn.Module):
                 "Readout of captum_classemb.readout instead of a module."
             )
         return self.features.read_by(readout)
+
+    @property
+    def pixels_of(self) -> nn.Module | None:
+        """The model whose images these are: one inside, where they reach it unchanged, or None."""
+        return self._pixels_of[0]
 
     @property
     def has_readout(self) -> bool:
