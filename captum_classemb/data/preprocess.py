@@ -59,9 +59,8 @@ def data_config(model: nn.Module) -> dict[str, Any]:
         )
     channels = getattr(model, "channels", None) or getattr(candidate, "in_chans", None)
     size = getattr(model, "image_size", None)
-    embed = getattr(candidate, "patch_embed", None)
-    if size is None and getattr(embed, "strict_img_size", False):
-        size = getattr(embed, "img_size", None)
+    # Of a timm model that takes any size, the one that its positions were made for.
+    size = size or getattr(getattr(candidate, "patch_embed", None), "img_size", None)
     first, *sides = config["input_size"]
     return {**config, "input_size": (channels or first, *(size or sides))}
 

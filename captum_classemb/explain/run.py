@@ -132,9 +132,10 @@ class Run:
     def _load(self) -> None:
         options = self.options
         if isinstance(options.model, str):
-            if not elsewhere(options.model) and options.checkpoint is None:
+            if not elsewhere(options.model):
                 # Before any weights are fetched: is it a model that can be explained?
-                adapt(load_model(options.model, random_init=True, device="meta"))
+                bare = adapt(load_model(options.model, random_init=True, device="meta"))
+                _ = None if options.checkpoint or options.texts else bare.readout
             if self.say is not None:
                 self.say(f"loading {options.model} …")
         self.subject = subject = load_subject(

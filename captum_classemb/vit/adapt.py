@@ -249,7 +249,9 @@ def _known_refusal(model: nn.Module) -> str | None:
     name = type(model).__qualname__
     full = f"{type(model).__module__}.{name}"
     if any(family.lower() in name.lower() for family in _CONVOLUTIONAL):
-        return f"{full} is a convolutional network: it has no patch tokens to explain."
+        return (
+            f"{full} is a convolutional network and no Vision Transformer: it has no patch tokens."
+        )
     for reason, families in _NO_SINGLE_GRID.items():
         if any(family.lower() in name.lower() for family in families):
             return (
