@@ -12,7 +12,7 @@ from captum_classemb.vit.checks import reading
 from captum_classemb.vit.inside import read_encoder, read_inside
 from captum_classemb.vit.parts import ViT, uncompiled
 
-__all__ = ["Adapter", "adapt", "register_adapter", "supported_families"]
+__all__ = ["Adapter", "adapt", "register_adapter"]
 
 Adapter = Callable[[nn.Module], ViT]
 
@@ -107,11 +107,6 @@ def register_adapter(class_name: str) -> Callable[[Adapter], Adapter]:
         return adapter
 
     return decorate
-
-
-def supported_families() -> list[str]:
-    """The qualified names of the classes that have an adapter."""
-    return sorted({*_BUILT_IN, *_registered})
 
 
 def adapt(model: nn.Module) -> ViT:
