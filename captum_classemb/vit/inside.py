@@ -31,6 +31,7 @@ from captum_classemb.vit.verify import refuse_random_forward
 __all__ = ["read_encoder", "read_inside"]
 
 _SCORES = (nn.Softmax, nn.Sigmoid, nn.LogSoftmax, nn.LogSigmoid)
+_FUNCTIONS = (nn.ReLU(), nn.GELU(), nn.SiLU(), nn.Tanh())
 _PREFIX = 16
 _SIDES = (224, 256, 64, 32, 384, 512)
 
@@ -371,15 +372,27 @@ def _back(
     features = _pool(trace, inner, target)
     if features is not None:
         return features, []
-    made = [i for i in range(end) if _same(trace.events[i].left, target)]
+    # Activations are often called as functions, between the modules of a head.
+    made = [
+        (i, function)
+        for function in (None, *_FUNCTIONS)
+        for i in range(end)
+        if _made(trace.events[i].left, function, target)
+    ]
     # A module without children is read closer than one that holds it.
-    made.sort(key=lambda i: (any(True for _ in trace.events[i].module.children()), -i))
-    for index in made:
+    made.sort(key=lambda m: (any(True for _ in trace.events[m[0]].module.children()), -m[0]))
+    for index, function in made:
         event = trace.events[index]
         found = _back(trace, inner, event.entered, index)
         if found is not None:
-            return found[0], [*found[1], event.module]
+            return found[0], [*found[1], event.module, *([] if function is None else [function])]
     return None
+
+
+def _made(left: Tensor, function: nn.Module | None, target: Tensor) -> bool:
+    if function is None:
+        return _same(left, target)
+    return left.shape == target.shape and _same(function(left), target)
 
 
 def _pool(trace: _Trace, inner: ViT, target: Tensor) -> Features | None:

@@ -268,7 +268,7 @@ def logits_of(output: Any, model: str) -> Tensor:
     """
     for name in ("logits", "image_embeds", "pooler_output", "last_hidden_state"):
         if isinstance(output, Tensor):
-            return output
+            break
         named = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
         output = named if isinstance(named, Tensor) else output
     if isinstance(output, (tuple, list, Mapping)):
@@ -280,7 +280,8 @@ def logits_of(output: Any, model: str) -> Tensor:
             f"{model} returned {type(output).__qualname__}, not a tensor of logits: return the "
             "logits alone, or under the name 'logits'."
         )
-    return output
+    # One logit an image, squeezed.
+    return output[:, None] if output.dim() == 1 else output
 
 
 def whole_patches(patch: tuple[int, int], image: tuple[int, int]) -> tuple[int, int]:
