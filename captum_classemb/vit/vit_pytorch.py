@@ -36,20 +36,20 @@ class Between(nn.Module):
         y: Tensor = self.feed_forward(x) + x
         return y
 
-    def register_forward_pre_hook(  # type: ignore[override]
-        self, hook: Callable[..., Any], *, with_kwargs: bool = False
+    def register_forward_pre_hook(
+        self, hook: Callable[..., Any], **options: bool
     ) -> RemovableHandle:
-        return self.attention.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
+        return self.attention.register_forward_pre_hook(hook, **options)
 
-    def register_forward_hook(  # type: ignore[override]
-        self, hook: Callable[..., Any], *, with_kwargs: bool = False
+    def register_forward_hook(
+        self, hook: Callable[..., Any], *, with_kwargs: bool = False, **options: bool
     ) -> RemovableHandle:
         def entering(module: nn.Module, args: tuple[Any, ...]) -> Any:
             called: tuple[Any, ...] = ((), {}) if with_kwargs else ((),)
             changed = hook(self, *called, args[0])
             return None if changed is None else (changed, *args[1:])
 
-        return self._following[0].register_forward_pre_hook(entering)
+        return self._following[0].register_forward_pre_hook(entering, **options)
 
 
 class JointAttention(Attention):
