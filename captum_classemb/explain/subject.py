@@ -126,6 +126,11 @@ def load_subject(
     else:
         inner = model.model if isinstance(model, ViT) else model
         name = type(inner).__qualname__
+    if not texts and any(hasattr(model, tower) for tower in ("encode_text", "get_text_features")):
+        raise InputError(
+            f"{name} compares images with texts: name the classes with --class (in Python, "
+            "zero_shot)."
+        )
     vit = texts.classifier(model, name) if texts else adapt(model)
     images = preprocess or Preprocess.of_model(vit, resize)
     known = _names(names, vit)

@@ -44,7 +44,7 @@ def _open_clip(name: str, checkpoint: str | Path | None, random_init: bool) -> n
     try:
         import open_clip
     except ImportError:
-        raise MissingExtraError("open_clip", "open_clip") from None
+        raise MissingExtraError("open_clip_torch", "open_clip") from None
     known = open_clip.list_models()
     if name not in known:
         raise ModelNameError(

@@ -111,6 +111,8 @@ def test_open_clip_by_its_own_tokenizer(
         "--template", "{}.", "--method", METHOD, model="open_clip:ViT-B-16", weights=False,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
+    bare = explain(photo, "--checkpoint", "openai", model="open_clip:ViT-B-16", weights=False)
+    assert bare.exit_code == 2 and "name the classes with --class" in bare.output
     found = record(tmp_path / "out")
     assert found["zero_shot"] == {"classes": ["a cat", "a dog", "a bird"], "templates": ["{}."]}
     assert found["preprocess"]["mean"] == [0.4] * 3
