@@ -1,4 +1,4 @@
-"""Check every transformer architecture of timm's registry, and write docs/models.md.
+"""Check every transformer architecture of timm's registry, and write docs/architectures.md.
 
 Each architecture is built small (few blocks, narrow, its own structure kept), with every parameter
 drawn at random, and must satisfy four identities in float64:
@@ -9,8 +9,8 @@ drawn at random, and must satisfy four identities in float64:
 4. the ledger adds up to the logit, with the bias computed from biases, and its attention entries
    equal an explicit Σ A·v·(W_Oᵀu).
 
-Run ``python benchmarks/model_conformance.py --output docs/models.md``; names as arguments check
-these alone.
+Run ``python benchmarks/model_conformance.py --output docs/architectures.md``; names as arguments
+check these alone.
 """
 
 from __future__ import annotations
@@ -82,6 +82,18 @@ SMALL: tuple[dict[str, Any], ...] = (
     {"depth": 2},
     {},
 )
+
+
+#: What the columns of the table hold.
+COLUMNS = {
+    "structure": "the class of the blocks and of their attention, P prefix tokens, and the readout "
+    "with the tokens that it reads, as a slice of all",
+    "readout": "the readout of the last tokens against the model's logits, relative to the largest",
+    "blocks": "attention, MLPs and blocks rebuilt from what was recorded, likewise",
+    "gradient": "the closed form against autograd, for every objective, block and head",
+    "ledger": "the sum of the entries against the logit, relative to Σ|entries|",
+    "entries": "the entries of attention against an explicit sum over A, V and W_O",
+}
 
 
 @dataclass
@@ -264,7 +276,7 @@ def write(rows: list[Row], path: Path) -> None:
     plain = [row for row in rows if row.module in PLAIN]
     passed = sum(row.outcome == "pass" for row in plain)
     lines = [
-        "# Models",
+        "# Architectures of timm",
         "",
         f"{passed} of {len(plain)} architectures of timm's plain Vision Transformer modules pass "
         "all identities; transformers with windows, stages or convolutions between tokens are "
@@ -272,13 +284,9 @@ def write(rows: list[Row], path: Path) -> None:
         f" with captum-classemb {__version__}, timm {timm.__version__}, torch {torch.__version__}.",
         "",
         "Each architecture is built small (two blocks where it can be, narrow, its own structure "
-        "kept) with every parameter drawn at random, in float64. The columns are the largest "
-        "errors: readout and blocks (reconstruction against the model), the closed-form gradient "
-        "against autograd (every objective), the ledger's sum against the logit, relative to "
-        "Σ|entries|, and its attention entries against an explicit sum.",
+        "kept) with every parameter drawn at random, in float64. Errors are the largest found:",
         "",
-        "torchvision's `vit_b_16` to `vit_h_14`, and Hugging Face's ViT, DeiT, BEiT, DINOv2, "
-        "ViT-MSN, SigLIP and CLIP are held to the same identities by `tests/vit`.",
+        *(f"- *{name}*: {meaning}" for name, meaning in COLUMNS.items()),
         "",
         "| architecture | structure | readout | blocks | gradient | ledger | entries | outcome |",
         "|---|---|---|---|---|---|---|---|",

@@ -96,9 +96,26 @@ def cli() -> None:
         click.Argument(
             ["images"], nargs=-1, type=click.Path(path_type=Path), metavar="[IMAGE]..."
         ),
-        option("model", help="A name of timm's, or of the papers' models. Default: the packaged "
-               "model of digits."),
-        option("checkpoint"),
+        option("model", help="A name of timm's, or of the papers' models; open_clip:NAME; or a "
+               "folder of Hugging Face. Default: the packaged model of digits."),
+        option("checkpoint", help="Weights for it, tensors alone; of open_clip also a tag."),
+        click.Option(["--num-classes"], type=click.IntRange(min=1), metavar="N",
+                     help="Classes of the checkpoint. Default: as the file says."),
+        click.Option(["--img-size"], type=click.IntRange(min=1), metavar="N",
+                     help="Height and width of its images. Default: as the file says."),
+        click.Option(["--in-chans"], type=click.IntRange(min=1), metavar="N",
+                     help="Channels of its images. Default: as the file says."),
+        click.Option(["--class-names"], metavar="FILE", type=click.Path(path_type=Path),
+                     help="Names of the classes, one a line."),
+        click.Option(["--class", "classes"], multiple=True, metavar="TEXT",
+                     help="A class of a zero-shot model; give several."),
+        click.Option(["--classes", "classes_file"], metavar="FILE",
+                     type=click.Path(path_type=Path), help="The same, one a line."),
+        click.Option(["--template", "templates"], multiple=True, metavar="TEXT",
+                     help="Prompt, {} for the class; several are averaged. "
+                     "Default: a photo of a {}."),
+        click.Option(["--text-features"], metavar="FILE", type=click.Path(path_type=Path),
+                     help="npz file with text (C×F) instead of a text tower."),
         click.Option(
             ["--target", "targets"], multiple=True, metavar="CLASS",
             help="Index or name; up to four. Default: the model's first choice.",
@@ -132,6 +149,14 @@ def explain(
     images: tuple[Path, ...],
     model: str | None,
     checkpoint: Path | None,
+    num_classes: int | None,
+    img_size: int | None,
+    in_chans: int | None,
+    class_names: Path | None,
+    classes: tuple[str, ...],
+    classes_file: Path | None,
+    templates: tuple[str, ...],
+    text_features: Path | None,
     targets: tuple[str, ...],
     methods: tuple[str, ...],
     readout: Path | None,
@@ -155,6 +180,7 @@ def explain(
     from tqdm import tqdm
 
     from captum_classemb.explain import Options, Run, write_page
+    from captum_classemb.explain.subject import Texts, lines_of
 
     if html is not None and readout is not None:
         raise click.UsageError("the page of --html has no place for a --readout: leave one out.")
@@ -164,7 +190,16 @@ def explain(
         if on_terminal:
             click.echo(sentence, err=True)
 
-    given: dict[str, Any] = {"model": model, "methods": methods}
+    if classes_file is not None:
+        classes += tuple(lines_of(classes_file))
+    shape = {"num_classes": num_classes, "img_size": img_size, "in_chans": in_chans}
+    given: dict[str, Any] = {
+        "model": model,
+        "methods": methods,
+        "shape": {key: value for key, value in shape.items() if value is not None},
+        "class_names": class_names,
+        "texts": Texts(classes, templates, text_features),
+    }
     run = Run(
         Options(
             images=images,

@@ -5,9 +5,11 @@ One geometry serves image, mask and boxes, so that a mask never slips off its im
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -35,11 +37,85 @@ _FILTERS = {
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
-    """What a timm model asks of its images: size, resize, mean and standard deviation."""
-    from timm.data import resolve_model_data_config
+    """What a model asks of its images: size, resize, mean and standard deviation.
 
-    config: dict[str, Any] = resolve_model_data_config(model)
-    return config
+    Args:
+        model: a model of timm or open_clip; one of Hugging Face that came from a folder with an
+            image processor; or an adapted model.
+
+    Raises:
+        InputError: if that is not known of the model.
+    """
+    inner = getattr(model, "pixels_of", model)
+    for candidate in (getattr(model, "model", model), inner):
+        config = None if candidate is None else _known_config(candidate)
+        if config is not None:
+            break
+    else:
+        name = type(getattr(model, "model", model)).__qualname__
+        raise InputError(
+            f"it is not known what {name} asks of its images: give a Preprocess with size, mean "
+            "and std (in Python, preprocess=)."
+        )
+    channels = getattr(model, "channels", None) or getattr(candidate, "in_chans", None)
+    size = getattr(model, "image_size", None)
+    # Of a timm model that takes any size, the one that its positions were made for.
+    size = size or getattr(getattr(candidate, "patch_embed", None), "img_size", None)
+    first, *sides = config["input_size"]
+    return {**config, "input_size": (channels or first, *(size or sides))}
+
+
+def _known_config(model: Any) -> dict[str, Any] | None:
+    """In timm's words, what a model of a known library says of its images."""
+    if getattr(model, "pretrained_cfg", None) is not None:
+        from timm.data import resolve_model_data_config
+
+        config: dict[str, Any] = resolve_model_data_config(model)
+        return config
+    if isinstance(getattr(model, "preprocess_cfg", None), Mapping):
+        return _of_open_clip(model.preprocess_cfg)
+    folder = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if folder and (Path(folder) / "preprocessor_config.json").is_file():
+        return _of_hugging_face(json.loads((Path(folder) / "preprocessor_config.json").read_text()))
+    return None
+
+
+def _of_open_clip(settings: Mapping[str, Any]) -> dict[str, Any]:
+    size = settings["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return {
+        "input_size": (3, height, width),
+        "crop_pct": 1.0,
+        "crop_mode": "squash" if settings.get("resize_mode") == "squash" else "center",
+        "interpolation": settings.get("interpolation", "bicubic"),
+        "mean": settings["mean"],
+        "std": settings["std"],
+    }
+
+
+#: What Pillow calls the numbers in a ``preprocessor_config.json``.
+_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+
+
+def _of_hugging_face(settings: Mapping[str, Any]) -> dict[str, Any]:
+    def sides(size: Any) -> tuple[int, int]:
+        if isinstance(size, Mapping):
+            short = size.get("shortest_edge")
+            return (short, short) if short else (size["height"], size["width"])
+        return size, size
+
+    size = sides(settings["size"])
+    cut = sides(settings["crop_size"]) if settings.get("do_center_crop") else size
+    squash = "shortest_edge" not in (settings["size"] if isinstance(settings["size"], dict) else {})
+    half, normal = [0.5] * 3, settings.get("do_normalize", True)
+    return {
+        "input_size": (3, *cut),
+        "crop_pct": cut[0] / size[0],
+        "crop_mode": "squash" if squash else "center",
+        "interpolation": _RESAMPLE.get(settings.get("resample", 2), "bilinear"),
+        "mean": settings.get("image_mean", half) if normal else [0.0] * 3,
+        "std": settings.get("image_std", half) if normal else [1.0] * 3,
+    }
 
 
 @dataclass(frozen=True)
@@ -80,8 +156,8 @@ class Preprocess:
         mode: ``"crop"`` or ``"squash"``.
         crop_pct: the share of each side of the resized image that is kept.
         interpolation: ``"nearest"``, ``"bilinear"``, ``"bicubic"`` or ``"lanczos"``.
-        mean: of the three channels, for values in 0–1.
-        std: of the three channels.
+        mean: of the three channels, for values in 0–1; one number for a model of gray images.
+        std: of the three channels, or of gray.
 
     Raises:
         InputError: for an unknown mode or interpolation.
@@ -91,8 +167,8 @@ class Preprocess:
     mode: ResizeMode = "crop"
     crop_pct: float = 1.0
     interpolation: str = "bicubic"
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
         if self.mode not in ("crop", "squash"):
@@ -112,10 +188,15 @@ class Preprocess:
                 model does not read colours.
         """
         channels = config["input_size"][0]
-        if channels != 3:
+        if channels not in (1, 3):
             raise InputError(
-                f"the model reads images of {channels} channels: photographs have 3 (RGB)."
+                f"the model reads images of {channels} channels: photographs have 3 (RGB), or 1 "
+                "of gray."
             )
+        mean, std = (
+            values if len(values) == channels else (sum(values) / len(values),)
+            for values in (config["mean"], config["std"])
+        )
         crop_mode = config.get("crop_mode", "center")
         if mode == "crop" and crop_mode == "border":
             raise InputError("the model's preprocessing pads images: use the resize mode 'squash'.")
@@ -126,25 +207,35 @@ class Preprocess:
             mode="squash" if crop_mode == "squash" else mode,
             crop_pct=1.0 if mode == "squash" else float(config.get("crop_pct") or 0.875),
             interpolation="bilinear" if interpolation == "random" else interpolation,
-            mean=tuple(config["mean"]),
-            std=tuple(config["std"]),
+            mean=tuple(mean),
+            std=tuple(std),
         )
 
     @classmethod
     def of_model(cls, model: nn.Module, mode: ResizeMode = "crop") -> Preprocess:
-        """The transform that a timm model's `pretrained_cfg` asks for."""
+        """The transform that a model asks for (:func:`data_config`)."""
         return cls.from_config(data_config(model), mode)
 
     def describe(self) -> dict[str, Any]:
         """The settings as plain values, for a result's record."""
         return {
-            "input_size": [3, *self.size],
+            "input_size": [len(self.mean), *self.size],
             "resize": self.mode,
             "crop_pct": self.crop_pct,
             "interpolation": self.interpolation,
             "mean": list(self.mean),
             "std": list(self.std),
         }
+
+    def __str__(self) -> str:
+        """The settings in words."""
+        (height, width), gray = self.size, " in gray" if len(self.mean) == 1 else ""
+        cut = "cut" if self.mode == "crop" else "squashed"
+        mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (self.mean, self.std))
+        return (
+            f"{cut} to {width}×{height} pixels ({self.interpolation}){gray}, minus {mean}, "
+            f"divided by {std}"
+        )
 
     def view(self, image: Image.Image) -> npt.NDArray[np.uint8]:
         """What the model sees: the image resized and cut, H×W×3, before normalisation.
@@ -156,7 +247,9 @@ class Preprocess:
         return np.array(geometry.apply(image.convert("RGB"), _FILTERS[self.interpolation]))
 
     def tensor(self, view: npt.NDArray[np.uint8]) -> Tensor:
-        """What the model reads: a view H×W×3, normalised, as a float32 tensor 3×H×W."""
+        """What the model reads: a view H×W×3, normalised, as a float32 tensor 3×H×W or 1×H×W."""
+        if len(self.mean) == 1:
+            view = np.array(Image.fromarray(view).convert("L"))[..., None]
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
         pixels = torch.from_numpy(view).permute(2, 0, 1).float() / 255.0
         return (pixels - mean) / std

@@ -52,11 +52,12 @@ def explore(
     """A page to explore one image; a notebook shows it in place, `save` writes it to a file.
 
     Args:
-        model: a supported Vision Transformer with a classifier of its own.
+        model: whatever the methods take, with a classifier of its own.
         image: the image, or its file.
         targets: classes by index or name; the five most probable ones are added.
-        names: of the classes. Default: what timm or the model's configuration calls them.
-        preprocess: what the model wants of its images. Default: what timm knows of the model.
+        names: of the classes. Default: what the model's configuration calls them.
+        preprocess: what the model wants of its images. Default: what the model's library
+            knows of it.
 
     Raises:
         ClassEmbError: if the model is not supported, a target unknown or the image unreadable.
@@ -67,11 +68,12 @@ def explore(
         >>> page.document[:15]
         '<!doctype html>'
     """
-    names = names or class_names(model)
-    preprocess = preprocess or Preprocess.of_model(model)
+    vit = adapt(model)
+    names = names or class_names(vit)
+    preprocess = preprocess or Preprocess.of_model(vit)
     title = printable(Path(image).name) if isinstance(image, (str, Path)) else "Image"
     photo = as_rgb(image) if isinstance(image, Image.Image) else read_image(image)
-    run = Explore(adapt(model), preprocess.view(photo), preprocess)
+    run = Explore(vit, preprocess.view(photo), preprocess)
     wanted = [names.find(target) for target in targets]
     for step in run.steps(wanted):
         step()
@@ -124,7 +126,7 @@ class Explore:
         """What there is to do, in this order."""
         self._targets = list(dict.fromkeys(targets))
         self._maps: list[MethodMaps] = []
-        self._notes = list(self._refused)
+        self._notes = [f"The model reads the image {self.preprocess}.", *self._refused]
         self._ledger: LedgerEntries | None = None
         per_method = [self._method_step(key) for key in self._built]
         return [self._read_tokens, *per_method, self._read_ledger]

@@ -57,7 +57,7 @@ def write_page(run: Run, *, progress: bool = False) -> Outcome:
     # None: shown on terminals alone.
     for step in tqdm(steps, unit="step", leave=False, disable=None if progress else True):
         step()
-    page = exploring.page(run.names, title=printable(file.name), model=run.options.model)
+    page = exploring.page(run.names, title=printable(file.name), model=run.subject.name)
     run.protected.check([path])
     page.save(path, overwrite=True)
     targets = run.explainer.targets or exploring.focus[:1]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,11 @@ from captum_classemb.data.preprocess import ResizeMode
 from captum_classemb.errors import ClassEmbError, DataError, InputError
 from captum_classemb.explain.compute import OWN, Explainer, Explanation, check_methods
 from captum_classemb.explain.outputs import Protected, check_writable, unique_stems, write_together
+from captum_classemb.explain.subject import Texts, load_subject, of_file
 from captum_classemb.models.demo import demo_image_paths
+from captum_classemb.models.elsewhere import elsewhere
 from captum_classemb.models.load import load_model
-from captum_classemb.models.names import DEMO_MODEL, ClassNames, class_names
+from captum_classemb.models.names import DEMO_MODEL, ClassNames
 from captum_classemb.plot.explain import MAX_TARGETS, ClassScore, PatchMaps, explanation_figure
 from captum_classemb.readout import load_readout
 from captum_classemb.versions import versions
@@ -39,8 +40,12 @@ class Options:
     """What a run is asked to do; see the command line's help."""
 
     images: Sequence[Path] = ()
-    model: str = DEMO_MODEL
+    model: str | torch.nn.Module = DEMO_MODEL
     checkpoint: Path | None = None
+    shape: Mapping[str, int] = field(default_factory=dict)
+    class_names: Sequence[str] | Path = ()
+    texts: Texts = Texts()
+    preprocess: Preprocess | None = None
     targets: Sequence[str | int] = ()
     methods: Sequence[str] = OWN
     readout: Path | None = None
@@ -101,7 +106,7 @@ class Run:
             raise InputError(f"The batch size {options.batch_size} is too small: give 1 or more.")
         check_writable(options.output if options.page is None else options.page.parent)
         self._find_files()
-        inputs = [*self.files, *filter(None, (options.checkpoint, options.readout))]
+        inputs = [*self.files, *_files(options)]
         self.protected = Protected(inputs, options.overwrite)
         self.protected.check(self._names())
         self._load()
@@ -126,22 +131,35 @@ class Run:
 
     def _load(self) -> None:
         options = self.options
-        # Before any weights are fetched: is it a model that can be explained?
-        _ = adapt(load_model(options.model, random_init=True, device="meta")).readout
-        if self.say is not None:
-            self.say(f"loading {options.model} …")
-        model = load_model(
-            options.model, options.checkpoint, device=options.device, dtype=options.dtype
+        if isinstance(options.model, str):
+            if not elsewhere(options.model):
+                # Before any weights are fetched: is it a model that can be explained?
+                bare = adapt(load_model(options.model, random_init=True, device="meta"))
+                _ = None if options.checkpoint or options.texts else bare.readout
+            if self.say is not None:
+                self.say(f"loading {options.model} …")
+        self.subject = subject = load_subject(
+            options.model,
+            options.checkpoint,
+            shape=options.shape,
+            names=options.class_names,
+            texts=options.texts,
+            preprocess=options.preprocess,
+            resize=options.resize,
+            device=options.device,
+            dtype=options.dtype,
         )
-        vit = adapt(model)
-        self.weights = _weights(model, options)
-        self.names: ClassNames = class_names(model)
+        vit, self.names, self.preprocess = subject.vit, subject.names, subject.preprocess
+        if not vit.has_readout:
+            raise InputError(
+                f"{subject.name} has no classifier: classes by name need a file of weights with "
+                "one, or --class with a model of open_clip."
+            )
         targets = list(dict.fromkeys(self.names.find(target) for target in options.targets))
         if len(targets) > MAX_TARGETS:
             raise InputError(
                 f"{len(targets)} targets were given: one figure shows up to {MAX_TARGETS}."
             )
-        self.preprocess = Preprocess.of_model(model, options.resize)
         readout = None if options.readout is None else load_readout(options.readout, vit.readout)
         self.explainer = Explainer(vit, list(dict.fromkeys(options.methods)), targets, readout)
 
@@ -220,7 +238,7 @@ class Run:
             explanation.patches.reshape(*explanation.patches.shape[:2], h * w),
             explanation.cls,
             title=printable(photo.path.name),
-            subtitle=f"{self.options.model}, {h}×{w} patches",
+            subtitle=f"{self.subject.name}, {h}×{w} patches",
         )
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=_DPI, metadata=PNG_MARK)
@@ -231,7 +249,7 @@ class Run:
         path = self.options.readout
         if path is None:
             return {"source": "model"}
-        return {"source": "file", "kind": type(self.explainer.readout).__name__, **_of_file(path)}
+        return {"source": "file", "kind": type(self.explainer.readout).__name__, **of_file(path)}
 
     def _record(
         self,
@@ -241,7 +259,7 @@ class Run:
         top: Sequence[ClassScore],
     ) -> dict[str, Any]:
         """What was computed on what."""
-        vit, options = self.explainer.vit, self.options
+        vit = self.explainer.vit
         return {
             **JSON_MARK,
             "image": {
@@ -252,9 +270,9 @@ class Run:
                 "height": photo.size[1],
             },
             "model": {
-                "name": options.model,
+                "name": self.subject.name,
                 "class": f"{type(vit.model).__module__}.{type(vit.model).__qualname__}",
-                "weights": self.weights,
+                "weights": self.subject.weights,
                 "parameters": sum(p.numel() for p in vit.model.parameters()),
                 "blocks": len(vit.blocks),
                 "classes": vit.num_classes,
@@ -264,6 +282,7 @@ class Run:
                 "dtype": str(vit.dtype).removeprefix("torch."),
             },
             "preprocess": self.preprocess.describe(),
+            **({"zero_shot": self.subject.zero_shot} if self.subject.zero_shot else {}),
             "targets": [vars(score) for score in targets],
             "top": [vars(score) for score in top],
             "methods": {
@@ -281,8 +300,10 @@ class Run:
         }
 
 
-def _of_file(path: Path) -> dict[str, str]:
-    return {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+def _files(options: Options) -> Iterator[Path]:
+    """Files that are read beside the images."""
+    given = (options.checkpoint, options.readout, options.texts.features, options.class_names)
+    yield from (path for path in given if isinstance(path, Path) and path.exists())
 
 
 def scores(
@@ -306,13 +327,3 @@ def _archive(photo: _Photograph, explanation: Explanation) -> bytes:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     return buffer.getvalue()
-
-
-def _weights(model: torch.nn.Module, options: Options) -> dict[str, str]:
-    if options.checkpoint is not None:
-        return {"source": "file", **_of_file(options.checkpoint)}
-    if options.model == DEMO_MODEL:
-        return {"source": "package"}
-    config: Any = getattr(model, "pretrained_cfg", None) or {}
-    name = ".".join(filter(None, (config.get("architecture"), config.get("tag"))))
-    return {"source": "timm", "name": name or options.model}

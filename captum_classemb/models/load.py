@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import pickle
 import warnings
@@ -15,11 +16,15 @@ from torch import Tensor, nn
 
 from captum_classemb.errors import CheckpointError, InputError
 from captum_classemb.models.demo import build_demo_vit, demo_vit
+from captum_classemb.models.elsewhere import elsewhere, load_elsewhere
+from captum_classemb.models.file_shapes import below_prefix, shapes
 from captum_classemb.models.names import DEMO_MODEL, ModelSource, find_model
 
 # What training scripts wrap a state dict in, and what their wrappers put before its names.
-_WRAPPERS = ("state_dict", "model")
-_PREFIXES = ("_orig_mod.", "module.", "model.")
+_WRAPPERS = (
+    "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "ema", "net",
+)  # fmt: skip
+_PREFIXES = ("_orig_mod.", "module.", "model.", "net.", "backbone.")
 
 
 def load_model(
@@ -30,18 +35,25 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     random_init: bool = False,
     seed: int = 0,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    in_chans: int | None = None,
 ) -> nn.Module:
     """A model in evaluation mode.
 
     Args:
         name: a timm name, one of the papers' short names, or "demo_vit", the packaged model
-            (`captum_classemb.models.names`).
+            (`captum_classemb.models.names`); ``open_clip:NAME``; or a folder of Hugging Face.
         checkpoint: a local file of weights for it, safetensors or a PyTorch file of plain
-            tensors; without it, timm's published weights are fetched, as timm does.
+            tensors, of open_clip also the tag of published ones; without it, published weights
+            are fetched. Classes, channels and image size are those of the file.
         device: where the model goes.
         dtype: what its floating-point weights are converted to.
         random_init: leave the weights as initialised, for controls.
         seed: of that initialisation.
+        num_classes: C, where it is not that of the file; 0 for a model without a classifier.
+        img_size: height and width of its images, likewise.
+        in_chans: channels of its images, likewise.
 
     Returns:
         The model.
@@ -53,21 +65,34 @@ def load_model(
     """
     if random_init and checkpoint is not None:
         raise InputError("random_init and a checkpoint exclude each other: give one of them.")
+    given = {"num_classes": num_classes, "img_size": img_size, "in_chans": in_chans}
+    given = {key: value for key, value in given.items() if value is not None}
+    if elsewhere(name):
+        if given:
+            raise InputError(f"{next(iter(given))} belongs to models of timm: leave it out.")
+        other = load_elsewhere(name, checkpoint, random_init=random_init, seed=seed)
+        return other.to(device=resolve_device(device), dtype=dtype).eval()
     source = find_model(name)
     device = resolve_device(device)
     if random_init:
-        model = _build(source, device, seed)
+        model = _build(source, device, seed, given)
     elif checkpoint is not None:
         state = read_checkpoint(checkpoint)
-        model = _build(source, torch.device("cpu"))
+        like = _build(source, torch.device("meta"))
+        state = below_prefix(state, like.state_dict())
+        model = _build(source, torch.device("cpu"), given={**shapes(like, state), **given})
         _fill(model, state, source, Path(checkpoint))
+    elif given.get("num_classes") is not None:
+        raise InputError(
+            "num_classes says what a checkpoint holds: give --checkpoint (in Python, checkpoint=)."
+        )
     elif source.checkpoint is not None:
         raise CheckpointError(
             f"The weights of {name} are not published by timm: give the file with --checkpoint "
             f"(in Python, checkpoint=), {source.checkpoint}."
         )
     else:
-        model = _fetch(source)
+        model = _fetch(source, given)
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -100,7 +125,12 @@ def _arguments(source: ModelSource) -> dict[str, Any]:
     return arguments
 
 
-def _build(source: ModelSource, device: torch.device, seed: int = 0) -> nn.Module:
+def _build(
+    source: ModelSource,
+    device: torch.device,
+    seed: int = 0,
+    given: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """An untrained model, on the CPU; or on "meta", which takes neither time nor memory."""
     import timm
 
@@ -109,7 +139,7 @@ def _build(source: ModelSource, device: torch.device, seed: int = 0) -> nn.Modul
         if source.timm_name == DEMO_MODEL:
             return build_demo_vit()
         model: nn.Module = timm.create_model(
-            source.timm_name, pretrained=False, **_arguments(source)
+            source.timm_name, pretrained=False, **{**_arguments(source), **(given or {})}
         )
         return model
 
@@ -124,7 +154,7 @@ def _build(source: ModelSource, device: torch.device, seed: int = 0) -> nn.Modul
         return build()
 
 
-def _fetch(source: ModelSource) -> nn.Module:
+def _fetch(source: ModelSource, given: Mapping[str, Any]) -> nn.Module:
     import timm
     from timm.models import get_pretrained_cfg
 
@@ -139,7 +169,7 @@ def _fetch(source: ModelSource) -> nn.Module:
     try:
         with _quiet_hub():
             model: nn.Module = timm.create_model(
-                source.timm_name, pretrained=True, **_arguments(source)
+                source.timm_name, pretrained=True, **{**_arguments(source), **given}
             )
     # A failed download surfaces as whatever the hub's client, urllib or the disk raises.
     except Exception as error:
@@ -210,7 +240,9 @@ def _read_torch(path: Path, head: bytes) -> Any:
         with warnings.catch_warnings():
             # A foreign file makes the unpickler warn of protocols; the error below says enough.
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # Training scripts lay their arguments beside the weights, in this plain class.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if not head.startswith((b"PK", b"\x80")) or "truncated" in str(error).lower():
             raise _damaged(path) from error
@@ -232,9 +264,11 @@ def _damaged(path: Path) -> CheckpointError:
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
+    while isinstance(content, Mapping):
+        held = [name for name in _WRAPPERS if isinstance(content.get(name), Mapping)]
+        if not held:
+            break
+        content = content[held[0]]
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(
             f"The checkpoint {path} holds no state dict: save model.state_dict() into it."
@@ -246,10 +280,11 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
                 "save model.state_dict() into it."
             )
     state = dict(content)
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            state = {name[len(prefix) :]: value for name, value in state.items()}
-    return state
+    while True:
+        shared = [p for p in _PREFIXES if all(name.startswith(p) for name in state)]
+        if not shared:
+            return state
+        state = {name[len(shared[0]) :]: value for name, value in state.items()}
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], source: ModelSource, path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from captum_classemb.errors import ModelNameError, TargetError
+from captum_classemb.errors import InputError, ModelNameError, TargetError
 
 DEMO_MODEL = "demo_vit"
 
@@ -103,11 +103,12 @@ def find_model(name: str) -> ModelSource:
         )
     known = [DEMO_MODEL, *PAPER_MODELS, *timm.list_models(), *timm.list_pretrained()]
     raise ModelNameError(
-        f"No model is named {name!r}: " + _closest(name, known, "give a name that timm knows.")
+        f"No model is named {name!r}: " + closest(name, known, "give a name that timm knows.")
     )
 
 
-def _closest(given: str, known: Iterable[str], otherwise: str) -> str:
+def closest(given: str, known: Iterable[str], otherwise: str) -> str:
+    """Names that are spelt like the one given, as the end of a sentence."""
     near = difflib.get_close_matches(given, list(known), n=3, cutoff=0.6)
     return f"did you mean {' or '.join(repr(match) for match in near)}?" if near else otherwise
 
@@ -165,7 +166,7 @@ class ClassNames:
         if holding:
             more = ", …" if len(holding) > _SUGGESTED else ""
             return f"did you mean {', '.join(map(repr, holding[:_SUGGESTED]))}{more}?"
-        return _closest(text.lower(), known, f"give an index, 0 to {len(self) - 1}.")
+        return closest(text.lower(), known, f"give an index, 0 to {len(self) - 1}.")
 
     def find(self, target: str | int) -> int:
         """The index of a class given by index or by any of its names, whatever their case.
@@ -207,25 +208,47 @@ def _key(name: str) -> str:
 def class_names(model: nn.Module) -> ClassNames:
     """The names of the classes of a model.
 
-    They are those of the model's `pretrained_cfg` (`label_names`) where it says them, those of
-    ImageNet (timm's lists, by the number of classes) where the number fits, else "class 0",
-    "class 1", ...
+    They are those of a zero-shot classifier, of the model's `pretrained_cfg` (`label_names`), or of
+    Hugging Face's `id2label` where it says them, those of ImageNet (timm's lists, by the number
+    of classes) where the number fits, else "class 0", "class 1", ...
 
     Args:
-        model: a model with `num_classes`, as timm's have it.
+        model: a model of timm or Hugging Face, or any adapted model.
 
     Returns:
         Names for every class.
     """
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
-    count = int(model.num_classes)  # type: ignore[arg-type]
-    labels = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    given = getattr(model, "classes", None)
+    if isinstance(given, tuple):
+        return ClassNames([(name,) for name in given])
+    known = [getattr(model, name, None) for name in ("num_classes", "num_labels")]
+    count = next((int(number) for number in known if isinstance(number, int)), 0)
+    if not count:
+        raise InputError(
+            f"{type(model).__qualname__} does not say how many classes it has: give adapt(model), "
+            "or their names."
+        )
+    labels = _labels(getattr(model, "model", model))
+    labels = labels or _labels(getattr(model, "pixels_of", model))
     if labels is not None and len(labels) == count:
         return ClassNames([(label,) for label in labels])
     subset = infer_imagenet_subset({"num_classes": count})
     if subset is None:
         return ClassNames([(f"class {index}",) for index in range(count)], named=False)
-    known = ImageNetInfo(subset)
-    descriptions = [text.split(", ") for text in known.label_descriptions()]
-    return ClassNames(descriptions, known.label_names())
+    info = ImageNetInfo(subset)
+    descriptions = [text.split(", ") for text in info.label_descriptions()]
+    return ClassNames(descriptions, info.label_names())
+
+
+def _labels(model: Any) -> Sequence[str] | None:
+    """Names that a model of timm or Hugging Face brings along."""
+    known = getattr(model, "pretrained_cfg", None) or {}
+    labels: Sequence[str] | None = known.get("label_names")
+    by_index = getattr(getattr(model, "config", None), "id2label", None)
+    if labels is None and by_index:
+        named = [str(by_index[index]) for index in sorted(by_index)]
+        # What the library writes where nobody gave names.
+        labels = None if all(re.fullmatch(r"LABEL_\d+", name) for name in named) else named
+    return labels

@@ -1,6 +1,6 @@
 """How Vision Transformers are built: adapters, and one recorded forward pass."""
 
-from captum_classemb.vit.adapt import adapt, register_adapter, supported_families
+from captum_classemb.vit.adapt import adapt, register_adapter
 from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT, split_heads
 from captum_classemb.vit.record import SITES, Recording, record
 from captum_classemb.vit.verify import identities, verify
@@ -19,7 +19,6 @@ __all__ = [
     "record",
     "register_adapter",
     "split_heads",
-    "supported_families",
     "verify",
     "zero_shot",
 ]

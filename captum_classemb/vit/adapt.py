@@ -9,10 +9,10 @@ from torch import nn
 
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.vit.checks import reading
-from captum_classemb.vit.inside import read_inside
+from captum_classemb.vit.inside import read_encoder, read_inside
 from captum_classemb.vit.parts import ViT, uncompiled
 
-__all__ = ["Adapter", "adapt", "register_adapter", "supported_families"]
+__all__ = ["Adapter", "adapt", "register_adapter"]
 
 Adapter = Callable[[nn.Module], ViT]
 
@@ -71,6 +71,8 @@ _BUILT_IN = {
         ("timm", "adapt_timm"),
     ),
     "open_clip.transformer.VisionTransformer": ("open_clip", "adapt_tower"),
+    "vit_pytorch.vit.ViT": ("vit_pytorch", "adapt_vit_pytorch"),
+    "vit_pytorch.simple_vit.SimpleViT": ("vit_pytorch", "adapt_vit_pytorch"),
     "torchvision.models.vision_transformer.VisionTransformer": (
         "torchvision",
         "adapt_torchvision",
@@ -105,11 +107,6 @@ def register_adapter(class_name: str) -> Callable[[Adapter], Adapter]:
         return adapter
 
     return decorate
-
-
-def supported_families() -> list[str]:
-    """The qualified names of the classes that have an adapter."""
-    return sorted({*_BUILT_IN, *_registered})
 
 
 def adapt(model: nn.Module) -> ViT:
@@ -154,6 +151,9 @@ def _read(model: nn.Module) -> ViT:
     if reason is not None:
         raise UnsupportedModelError(reason)
     found = dict(_outermost(model, ""))
+    encoders = [m for m in model.named_modules() if type(m[1]) is nn.TransformerEncoder]
+    if not found and len(encoders) == 1:
+        return read_encoder(model, *encoders[0])
     if not found:
         for inner in model.modules():
             reason = _known_refusal(inner)
@@ -244,7 +244,9 @@ def _known_refusal(model: nn.Module) -> str | None:
     name = type(model).__qualname__
     full = f"{type(model).__module__}.{name}"
     if any(family.lower() in name.lower() for family in _CONVOLUTIONAL):
-        return f"{full} is a convolutional network: it has no patch tokens to explain."
+        return (
+            f"{full} is a convolutional network and no Vision Transformer: it has no patch tokens."
+        )
     for reason, families in _NO_SINGLE_GRID.items():
         if any(family.lower() in name.lower() for family in families):
             return (

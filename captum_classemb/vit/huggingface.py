@@ -26,7 +26,16 @@ from captum_classemb.readout.activation import GatedActivation
 from captum_classemb.readout.attention_pooled import ProbePool
 from captum_classemb.readout.features import Features, layers_of, linear_head
 from captum_classemb.readout.linear import SideBySide
-from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT, split_heads, uncompiled
+from captum_classemb.vit.parts import (
+    MLP,
+    Attention,
+    Block,
+    Call,
+    ViT,
+    split_heads,
+    uncompiled,
+    whole_patches,
+)
 
 __all__ = ["HuggingFaceAttention", "adapt_classifier", "adapt_encoder", "adapt_image_encoder"]
 
@@ -171,7 +180,7 @@ def _vit(model: nn.Module, encoder: Any, features: Features, readout: Readout | 
         patch,
         None if any_size else _pair(config.image_size),
         _channels(encoder),
-        partial(_whole_patches, patch),
+        partial(whole_patches, patch),
         features,
     )
 
@@ -184,10 +193,6 @@ def _channels(encoder: Any) -> int:
     """The channels of the stem's convolution, which may have been replaced."""
     convolutions = (m.in_channels for m in encoder.modules() if isinstance(m, nn.Conv2d))
     return next(convolutions, int(encoder.config.num_channels))
-
-
-def _whole_patches(patch: tuple[int, int], image: tuple[int, int]) -> tuple[int, int]:
-    return image[0] // patch[0], image[1] // patch[1]
 
 
 _PREFIX = {"DeiTModel": 2, "IJepaModel": 0, "SiglipVisionModel": 0, "Siglip2VisionModel": 0}

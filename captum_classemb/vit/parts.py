@@ -22,7 +22,17 @@ from captum_classemb.readout import Linear, OutputPath, Readout, Step
 from captum_classemb.readout.features import Features
 from captum_classemb.vit.active_edits import table_cuts
 
-__all__ = ["MLP", "Attention", "Block", "Call", "ViT", "logits_of", "split_heads", "uncompiled"]
+__all__ = [
+    "MLP",
+    "Attention",
+    "Block",
+    "Call",
+    "ViT",
+    "logits_of",
+    "split_heads",
+    "uncompiled",
+    "whole_patches",
+]
 
 
 @dataclass
@@ -258,7 +268,7 @@ def logits_of(output: Any, model: str) -> Tensor:
     """
     for name in ("logits", "image_embeds", "pooler_output", "last_hidden_state"):
         if isinstance(output, Tensor):
-            return output
+            break
         named = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
         output = named if isinstance(named, Tensor) else output
     if isinstance(output, (tuple, list, Mapping)):
@@ -270,7 +280,13 @@ def logits_of(output: Any, model: str) -> Tensor:
             f"{model} returned {type(output).__qualname__}, not a tensor of logits: return the "
             "logits alone, or under the name 'logits'."
         )
-    return output
+    # One logit an image, squeezed.
+    return output[:, None] if output.dim() == 1 else output
+
+
+def whole_patches(patch: tuple[int, int], image: tuple[int, int]) -> tuple[int, int]:
+    """The grid of an image whose last pixels are left out where they fill no patch."""
+    return image[0] // patch[0], image[1] // patch[1]
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
@@ -297,6 +313,7 @@ _FACTS = (
     "resized_to",
     "call",
     "features",
+    "_pixels_of",
 )
 
 
@@ -348,6 +365,8 @@ class ViT(nn.Module):
         self.resized_to: tuple[int, int] | None = None
         #: How the model is called, where its own forward needs more than images.
         self.call: Callable[..., Any] | None = None
+        # In a tuple, so that it is not registered a second time.
+        self._pixels_of: tuple[nn.Module | None] = (model,)
         self.training = model.training
 
     def read_again(self) -> None:
@@ -362,9 +381,7 @@ class ViT(nn.Module):
         # Captum has no other way to hand on keyword arguments.
         if len(args) > 1 and isinstance(args[-1], Mapping):
             args, kwargs = args[:-1], {**args[-1], **kwargs}
-        # Compiled code does not call hooks that were set after its first call.
-        with torch.compiler.set_stance("force_eager"):
-            output = (self.model if self.call is None else self.call)(*args, **kwargs)
+        output = (self.model if self.call is None else self.call)(*args, **kwargs)
         return logits_of(output, type(self.model).__qualname__)
 
     @property
@@ -407,6 +424,11 @@ class ViT(nn.Module):
                 "Readout of captum_classemb.readout instead of a module."
             )
         return self.features.read_by(readout)
+
+    @property
+    def pixels_of(self) -> nn.Module | None:
+        """The model whose images these are: one inside, where they reach it unchanged, or None."""
+        return self._pixels_of[0]
 
     @property
     def has_readout(self) -> bool:

@@ -190,7 +190,7 @@ def _state(vit: ViT) -> tuple[int, bool]:
         if module["_forward_hooks"] or module["_forward_pre_hooks"] or "forward" in module:
             hooks = (*module["_forward_hooks"].values(), *module["_forward_pre_hooks"].values())
             parts += (id(module), *map(_code, hooks), _code(module.get("forward")))
-    read = [vit.model, *filter(None, vit.model._modules.values())]
+    read = [vit.model, *(m for m in vit.model._modules.values() if m is not None)]
     for block in vit.blocks:
         read += [block.module, *[attention.module for attention in block.attentions]]
     parts += [x for module in read for x in module.__dict__.values() if type(x) in _PLAIN]

@@ -127,7 +127,7 @@ def _with_text(text: Tensor, scale: float, bias: float, image: ViT) -> ViT:
         image._grid,
         image.features,
     )
-    vit.resized_to = image.resized_to
+    vit.resized_to, vit._pixels_of = image.resized_to, image._pixels_of
     vit.call = partial(_scores, image.call or image.model, readout)
     return vit
 

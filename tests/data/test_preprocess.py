@@ -83,8 +83,8 @@ def test_refusals() -> None:
     border = {"input_size": (3, 8, 8), "mean": (0,) * 3, "std": (1,) * 3, "crop_mode": "border"}
     with pytest.raises(InputError, match="'squash'"):
         Preprocess.from_config(border)
-    with pytest.raises(InputError, match="images of 1 channels"):
-        Preprocess.from_config({"input_size": (1, 28, 28), "mean": (0.5,), "std": (0.5,)})
+    with pytest.raises(InputError, match="images of 2 channels"):
+        Preprocess.from_config({"input_size": (2, 28, 28), "mean": (0.5,), "std": (0.5,)})
     assert Preprocess.from_config(border, "squash").mode == "squash"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import urllib.error
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from captum_classemb.data import Preprocess
 from captum_classemb.errors import CheckpointError, InputError, ModelNameError
 from captum_classemb.models.demo import demo_vit
 from captum_classemb.models.load import load_model, read_checkpoint, resolve_device
@@ -50,6 +52,69 @@ def test_safetensors(state: dict[str, Tensor], tmp_path: Path) -> None:
     model = load_model(NAME, tmp_path / "a.safetensors")
     assert not model.training
     assert_holds(model, state)
+
+
+FINE_TUNED: dict[str, dict[str, Any]] = {
+    "other classes": {"num_classes": 7},
+    "one channel": {"in_chans": 1},
+    "other size": {"img_size": 192},
+    "all of them": {"num_classes": 3, "in_chans": 4, "img_size": 96},
+    "headless": {"num_classes": 0},
+}
+
+
+@pytest.mark.parametrize("name", FINE_TUNED)
+@pytest.mark.parametrize("prefix", ["", "net.", "module.backbone.", "student.vit."])
+def test_the_file_says_how_large_the_model_is(name: str, prefix: str, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    tuned = timm.create_model(NAME, **FINE_TUNED[name])
+    state = {f"{prefix}{key}": value for key, value in tuned.state_dict().items()}
+    if prefix:
+        state |= {"loss.weight": torch.zeros(3), "n_averaged": torch.zeros(1)}
+    torch.save({"state_dict": state, "args": argparse.Namespace(lr=0.1)}, tmp_path / "a.pt")
+    model: Any = load_model(NAME, tmp_path / "a.pt")
+    assert_holds(model, tuned.state_dict())
+    assert model.num_classes == FINE_TUNED[name].get("num_classes", 1000)
+    assert model.patch_embed.img_size == tuned.patch_embed.img_size
+
+
+def test_what_is_given_stands_against_the_file(state: dict[str, Tensor], tmp_path: Path) -> None:
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="head.weight is 1000×64 in the file and 5×64"):
+        load_model(NAME, tmp_path / "a.safetensors", num_classes=5)
+    with pytest.raises(InputError, match="give --checkpoint"):
+        load_model("vit_tiny_patch16_224", num_classes=5)
+
+
+def test_a_folder_of_hugging_face(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
+    config = transformers.ViTConfig(
+        **sizes, intermediate_size=48, image_size=32, patch_size=8, id2label={0: "cat", 1: "dog"}
+    )
+    saved = transformers.ViTForImageClassification(config)
+    saved.save_pretrained(tmp_path)
+    model: Any = load_model(str(tmp_path))
+    assert_holds(model, saved.state_dict())
+    assert [class_names(model)[i] for i in range(2)] == ["cat", "dog"]
+    with pytest.raises(InputError, match="Preprocess with size, mean and std"):
+        Preprocess.of_model(model)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    found = Preprocess.of_model(load_model(str(tmp_path)))
+    assert (found.size, found.mode, found.mean) == ((32, 32), "squash", (0.5, 0.5, 0.5))
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="holds no model of Hugging Face"):
+        load_model(str(tmp_path))
+
+
+def test_models_of_open_clip_need_weights_by_name() -> None:
+    pytest.importorskip("open_clip")
+    with pytest.raises(CheckpointError, match="one of the tags openai"):
+        load_model("open_clip:ViT-B-16")
+    with pytest.raises(ModelNameError, match="ViT-B-16"):
+        load_model("open_clip:ViT-B-17")
+    with pytest.raises(CheckpointError, match="a local file that fits"):
+        load_model("open_clip:ViT-B-16", "nowhere.pt")
 
 
 def test_safetensors_is_known_by_its_content(state: dict[str, Tensor], tmp_path: Path) -> None:
@@ -141,9 +206,9 @@ def test_what_is_no_state_dict(content: Any, tmp_path: Path) -> None:
 def test_position_embedding_of_another_size_is_named(
     state: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    other = {**state, "pos_embed": torch.zeros(1, 145, 64)}
+    other = {**state, "pos_embed": torch.zeros(1, 146, 64)}
     save_file(other, tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match=r"pos_embed is 1×145×64 in the file and 1×101×64"):
+    with pytest.raises(CheckpointError, match=r"pos_embed is 1×146×64 in the file and 1×101×64"):
         load_model(NAME, tmp_path / "a.safetensors")
 
 

@@ -251,3 +251,63 @@ def test_removal_cuts_relative_positions_down(
             tokens = record(vit, pixels, ["resid_post"])["resid_post"][-1]
         expected = vit.readout(tokens[:, left][:, vit.readout.reads])
         assert torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
+
+
+class Around(nn.Module):
+    """An encoder with a head of the user's own, reading one thing of its output."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module, read: Any) -> None:
+        super().__init__()
+        self.encoder, self.head, self.read = encoder, head, read
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.read(self.encoder(pixel_values=x)))
+        return y
+
+
+def encoder(name: str = "ViTModel", config: str = "ViTConfig", **options: Any) -> nn.Module:
+    return classifier(name, config, options, "sdpa")
+
+
+def timm_wrapper() -> nn.Module:
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    config = transformers.TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224", model_args=small, num_labels=7
+    )
+    return transformers.TimmWrapperForImageClassification(config)  # type: ignore[no-any-return]
+
+
+def another_head() -> nn.Module:
+    model: Any = encoder("ViTForImageClassification")
+    model.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(48, 7))
+    return model  # type: ignore[no-any-return]
+
+
+AROUND: dict[str, Any] = {
+    "timm's wrapper": timm_wrapper,
+    "another head": another_head,
+    "CLS": lambda: Around(encoder(), nn.Linear(48, 7), lambda o: o.last_hidden_state[:, 0]),
+    "tanh pooler": lambda: Around(encoder(), nn.Linear(48, 7), lambda o: o.pooler_output),
+    "logits": lambda: Around(
+        encoder("ViTForImageClassification"), nn.Identity(), lambda o: o.logits
+    ),
+    "DINOv2": lambda: Around(
+        encoder("Dinov2Model", "Dinov2Config", mlp_ratio=2),
+        nn.Linear(96, 7),
+        lambda o: torch.cat([o.last_hidden_state[:, 0], o.last_hidden_state[:, 1:].mean(1)], -1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_models_around_hugging_faces(name: str, images: Tensor) -> None:
+    model = randomised(AROUND[name]())
+    vit = adapt(model)
+    with torch.no_grad():
+        output = model(images)
+        expected = output if isinstance(output, Tensor) else output.logits
+        assert torch.equal(vit(images), expected)
+    assert max(identities(vit, images).values()) <= 1e-10
+    every = PatchImportance(model).attribute_classes(images)
+    one = PatchImportance(model).attribute_patches(images, 3).sum((1, 2))
+    assert torch.allclose(every[:, 3], one, rtol=1e-9, atol=1e-12)

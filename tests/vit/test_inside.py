@@ -62,6 +62,30 @@ class Cosine(nn.Module):
         return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
 
 
+class WithFunctions(nn.Module):
+    """Two layers with a function between, as a head."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], *layers: nn.Module) -> None:
+        super().__init__()
+        self.function, self.layers = function, nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers[1](self.function(self.layers[0](x)))
+        return y
+
+
+class Functions(nn.Module):
+    """The same, in the model itself."""
+
+    def __init__(self, backbone: nn.Module, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.first, self.second = backbone, first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(F.relu(self.first(self.backbone(x))))
+        return y
+
+
 class Normalise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (x - 0.4) / 0.3
@@ -142,6 +166,12 @@ READ = {
     "mean of patches": Row(lambda: unpooled(lambda t: t[:, 1:].mean(1), linear())),
     "mean of patches, no norm": Row(
         lambda: unpooled(lambda t: t[:, 1:].mean(1), linear(), final_norm=False)
+    ),
+    "functions between layers": Row(
+        lambda: Headed(vit(0), WithFunctions(F.gelu, nn.Linear(D, 12), linear(12))), affine=False
+    ),
+    "functions in a model": Row(
+        lambda: Functions(vit(0), nn.Linear(D, 12), linear(12)), affine=False
     ),
     "torchvision, linear": Row(lambda: tv(linear())),
     "torchvision, dropout": Row(lambda: tv(nn.Sequential(nn.Dropout(0.2), linear()))),
@@ -269,6 +299,15 @@ def test_probabilities_are_explained_by_their_logits(tail: Any, function: Any, i
 def test_what_is_not_found_is_refused_with_what_to_pass(build: Any, sentence: str) -> None:
     with pytest.raises(UnsupportedModelError, match=sentence):
         adapt(built(build))
+
+
+def test_one_logit_may_be_squeezed() -> None:
+    model, images = built(lambda: Wrapper(vit(1), lambda y: y.squeeze(1))), pixels(READ["wrapper"])
+    found = adapt(model)
+    assert torch.equal(found(images)[:, 0], model(images))
+    inner: Any = model
+    expected = PatchImportance(inner.net).attribute(images)
+    assert torch.equal(PatchImportance(model).attribute(images), expected)
 
 
 def test_a_model_called_twice_is_refused() -> None:

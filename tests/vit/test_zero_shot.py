@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 from captum.attr import IntegratedGradients
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,6 +24,7 @@ from captum_classemb import (
     zero_shot,
 )
 from captum_classemb.attr import baselines
+from captum_classemb.data import Preprocess
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.vit import adapt, identities
 
@@ -298,3 +302,68 @@ def test_the_value_site_of_every_tower() -> None:
         expected = F.normalize(tokens, dim=-1)[:, 1:] @ found.readout.text.T
         maps = ClassEmbeddingProjection(found, site="value").attribute_classes(pixels)
         assert torch.allclose(maps.flatten(2).mT, expected, rtol=1e-9)
+
+
+# -- The real tower
+
+
+def real_clip(assets: Path) -> Any:
+    from safetensors.torch import load_file
+
+    packed = load_file(assets / "weights" / "clip_vit_base_patch16.int8.safetensors")
+    state = {}
+    for name, tensor in packed.items():
+        if name.endswith(".int8"):
+            plain = name.removesuffix(".int8")
+            scale = packed[f"{plain}.scale"].float()
+            state[plain] = tensor.float() * scale.view(-1, *(1,) * (tensor.dim() - 1))
+        elif not name.endswith(".scale"):
+            state[name] = tensor.float()
+    model = timm.create_model("vit_base_patch16_clip_quickgelu_224", num_classes=512)
+    model.load_state_dict({**state, "head.bias": torch.zeros(512)})
+    return model.eval()
+
+
+def renamed(tower: Any) -> Any:
+    """The same weights in open_clip's ``visual``."""
+    from open_clip.transformer import QuickGELU, VisionTransformer
+
+    visual = VisionTransformer(224, 16, 768, 12, 12, 4.0, output_dim=512, act_layer=QuickGELU)
+    own = tower.state_dict()
+    state = {
+        "class_embedding": own["cls_token"][0, 0],
+        "positional_embedding": own["pos_embed"][0],
+        "conv1.weight": own["patch_embed.proj.weight"],
+        "proj": own["head.weight"].T,
+    }
+    for there, here in (("ln_pre", "norm_pre"), ("ln_post", "norm")):
+        state |= {f"{there}.{kind}": own[f"{here}.{kind}"] for kind in ("weight", "bias")}
+    parts = {"ln_1": "norm1", "ln_2": "norm2", "attn.out_proj": "attn.proj"}
+    parts |= {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    for block in range(12):
+        to, of = f"transformer.resblocks.{block}", f"blocks.{block}"
+        for kind in ("weight", "bias"):
+            state[f"{to}.attn.in_proj_{kind}"] = own[f"{of}.attn.qkv.{kind}"]
+            state |= {f"{to}.{a}.{kind}": own[f"{of}.{b}.{kind}"] for a, b in parts.items()}
+    visual.load_state_dict(state)
+    return visual.eval()
+
+
+def test_the_real_clip_is_the_same_in_both_libraries() -> None:
+    pytest.importorskip("open_clip")
+    folder = os.environ.get("CLASSEMB_TEST_ASSETS")
+    if not folder:
+        pytest.skip("CLASSEMB_TEST_ASSETS is unset: it names a folder with real weights")
+    assets = Path(folder)
+    with np.load(assets / "weights" / "clip_vit_base_patch16_voc20.npz") as file:
+        text, names = torch.from_numpy(file["text"]), [str(name) for name in file["names"]]
+    tower = real_clip(assets)
+    photo = Image.open(sorted((assets / "imagenet_val").glob("*.JPEG"))[0])
+    pixels = Preprocess.of_model(tower, "squash")(photo)[0][None]
+    one, other = (
+        zero_shot(model, names, features=text, scale=100.0) for model in (tower, renamed(tower))
+    )
+    assert torch.allclose(one(pixels), other(pixels), atol=1e-4)
+    for method in (PatchImportance, MemoryPatchImportance):
+        maps, same = (method(model).attribute_classes(pixels, [2, 7]) for model in (one, other))
+        assert (maps - same).abs().max() < 1e-3 * maps.abs().max()
