@@ -58,6 +58,11 @@ def up_to_highest(panels: Sequence[Panel]) -> list[Panel]:
     return [panel._replace(limits=(0.0, top)) for panel in panels]
 
 
+def model_colour(number: int) -> str:
+    """The colour of one of several models, counted from 0."""
+    return _MODELS[number % len(_MODELS)]
+
+
 def model_names(rows: Sequence[Row]) -> str:
     """The models of a table, for a title."""
     names = list(dict.fromkeys(row.model for row in rows))
@@ -86,7 +91,7 @@ def _by_model(panels: Sequence[Panel]) -> Sequence[Panel]:
                 Series(
                     model,
                     {**series.rows, "model": model},
-                    _MODELS[i % len(_MODELS)],
+                    model_colour(i),
                     ("-", "--", ":")[i // len(_MODELS) % 3],
                 )
                 for i, model in enumerate(models)

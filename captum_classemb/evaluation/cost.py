@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +14,16 @@ from captum_classemb.vit import ViT
 from captum_classemb.vit.parts import Call
 
 
-@dataclass
-class Cost:
-    """Costs of one image, as multiples of one forward pass of the same batch."""
+class Cost(NamedTuple):
+    """What one map costs, in forward passes of the same batch.
+
+    Attributes:
+        forward_passes: images that went through the blocks, for each that is explained.
+        backward_passes: the same of gradients.
+        time: median over repeated runs, each beside forward passes just before and after.
+        memory: largest number of bytes that lived at once above what was there before.
+        milliseconds: the fastest run, an image.
+    """
 
     forward_passes: float
     backward_passes: float
@@ -85,14 +91,22 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> float:
     return float(peak)
 
 
-def measure(
+def map_cost(
     vit: ViT,
     maps: Callable[[Tensor, Tensor], Tensor],
     images: Tensor,
     target: Tensor,
     repeats: int = 9,
 ) -> Cost:
-    """The cost of ``maps`` on one batch, each forward pass timed just before and after."""
+    """What maps of one batch cost.
+
+    Args:
+        vit: an adapted model.
+        maps: from images B×3×H×W and targets B to their maps.
+        images: B×3×H×W.
+        target: B.
+        repeats: how often a map that takes less than five seconds is timed.
+    """
     device = images.device
 
     def forward() -> None:
