@@ -38,7 +38,8 @@ PAGE = ROOT / "docs" / "arena.md"
 FIRST = "patch-importance"
 OURS = (FIRST, "memory-patch-importance", "class-embedding-gradient")
 OTHERS = (
-    "all-path-importance", "chefer", "libra-fullgrad", "cp-lrp", "legrad", "rollout", "raw-attention", "grad-cam",
+    "all-path-importance", "chefer", "libra-fullgrad", "cp-lrp", "legrad", "rollout",
+    "raw-attention", "grad-cam",
     "captum-input-x-gradient", "captum-saliency", "pytorch-grad-cam", "legrad-torch",
     "lxt-cp-lrp", "lxt-attnlrp",
 )  # fmt: skip

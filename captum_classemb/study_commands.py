@@ -6,6 +6,8 @@ holds this group answers at once.
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,6 +158,7 @@ def run_command(study: type[Study], given: dict[str, Any]) -> None:
         verify=given["verify"],
         progress=not given["quiet"],
         compare=given.get("compare", ()),
+        called=_called(),
         command={name: given[name] for name in names} | {"random_init": given["random_init"]},
     )
     result = run_study(experiment, data, given["output"], options, device)
@@ -165,6 +168,14 @@ def run_command(study: type[Study], given: dict[str, Any]) -> None:
     if result.refused:
         count = len(result.refused)
         raise ImagesRefused(f"{count} of the images could not be read: run.json names them.")
+
+
+def _called() -> str:
+    """This command, without the folders of this machine."""
+    program, *arguments = sys.argv
+    names = [Path(each).name if Path(each).is_absolute() else each for each in arguments]
+    own = Path(program).name in ("captum-classemb", "__main__.py")
+    return shlex.join(["captum-classemb"] if own else ["python", program]) + " " + shlex.join(names)
 
 
 class ImagesRefused(click.ClickException):

@@ -72,6 +72,7 @@ class RunOptions:
         progress: show a progress bar.
         compare: folders of complete runs of the same study on other models, which the figures show
             beside this one.
+        called: the command that makes the run, kept in ``run.json``.
         command: further settings that have to be the same when a run goes on.
     """
 
@@ -83,6 +84,7 @@ class RunOptions:
     verify: bool = False
     progress: bool = True
     compare: Sequence[Path] = ()
+    called: str = ""
     command: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -182,7 +184,7 @@ def run_study(
         seconds = time.monotonic() - started
         run |= {"complete": True, "tables": list(tables), "images": images}
         run |= {"notices": notices, **study.notes()}
-        run |= {"seconds": round(seconds, 3), "device": str(device)}
+        run |= {"seconds": round(seconds, 3), "device": str(device), "called": options.called}
         if is_main_process():
             run |= write_files(output, reads)
             for name, rows in tables.items():

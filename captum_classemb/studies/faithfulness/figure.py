@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from captum_classemb.evaluation.removal_order import MEASURES
 from captum_classemb.runs.tables import Row, select
@@ -103,6 +104,9 @@ def _methods(rows: Sequence[Row]) -> Figure:
     axes[0].axvline(0, color=_GREY, linewidth=0.8, linestyle=":")
     if timed:
         axes[1].set(xscale="log", xlabel="time of one map, in forward passes")
+        axes[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes[1].xaxis.set_major_formatter(ScalarFormatter())
+        axes[1].xaxis.set_minor_formatter(NullFormatter())
     for axis in axes:
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
