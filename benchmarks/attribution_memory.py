@@ -14,9 +14,10 @@ from typing import Any
 
 import timm
 import torch
-from arena_cost import peak_memory
 from attribution_speed import FORWARD, methods
 from timing import environment
+
+from captum_classemb.evaluation.cost import peak_memory
 
 SLOW = ("Captum", "eager")
 

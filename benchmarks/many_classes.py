@@ -18,18 +18,20 @@ from typing import Any
 
 import click
 import torch
-from arena_methods import METHODS
+from compared import OTHERS
 from torch import Tensor
 from torch.nn import functional as F
 
-from captum_classemb.attr import ClassEmbeddingGradient, MemoryPatchImportance
+from captum_classemb.attr import METHODS, ClassEmbeddingGradient, MemoryPatchImportance
 from captum_classemb.attr.patch_importance import PatchImportance
 from captum_classemb.models import load_model
 from captum_classemb.vit import adapt
 
 SAMPLED = 3
-ONE_PASS_FOR_ALL = {"random order", "raw attention", "attention rollout"}
-"""Methods whose map does not depend on the class."""
+LEFT_OUT = {"raw-attention", "rollout", "linear-probe", "token-occlusion"} | {
+    "captum-integrated-gradients", "captum-feature-ablation",
+}  # fmt: skip
+"""Methods whose map does not depend on the class, that need a file, or many passes for a map."""
 
 
 def seconds(run: Callable[[], Any], repeats: int = 1) -> float:
@@ -99,14 +101,13 @@ def main(model: str, checkpoint: Path | None, batch_size: int, output: Path) -> 
         attribution.attribute_patches(x[:1], 0)
         ours[cls.__name__] = seconds(lambda a=attribution: a.attribute_classes(x), 2)
     peers = {}
-    own = set(ours)
-    for method in METHODS:
-        if method.slow or not method.installed or method.name in ONE_PASS_FOR_ALL | own:
+    for name, method in METHODS.items():
+        if name in LEFT_OUT or not (method.baseline or name in OTHERS):
             continue
-        make = method.build(vit)
-        make(x, target)
-        taken = seconds(lambda m=make: [m(x, target + c) for c in range(SAMPLED)])
-        peers[method.name] = taken / SAMPLED * vit.num_classes
+        peer = method.build(vit)
+        peer.attribute_patches(x, target)
+        taken = seconds(lambda p=peer: [p.attribute_patches(x, target + c) for c in range(SAMPLED)])
+        peers[name] = taken / SAMPLED * vit.num_classes
     fastest = min(peers, key=lambda name: peers[name])
     gradient = ClassEmbeddingGradient(vit)
     closed = gradient.attribute_patches(x[:1], 7)[0].flatten(-2)

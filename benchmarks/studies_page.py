@@ -202,7 +202,8 @@ def draw() -> None:
     }
     FIGURES.mkdir(exist_ok=True)
     for study, drawer in drawers.items():
-        for name, figure in drawer.draw(rows_of(study), MODEL).items():
+        rows = [row._replace(model=MODEL) for row in rows_of(study)]
+        for name, figure in drawer.draw(rows).items():
             figure.savefig(FIGURES / f"vit_tiny_{name}.png", dpi=100)
 
 

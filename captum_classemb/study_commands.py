@@ -6,6 +6,8 @@ holds this group answers at once.
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +37,11 @@ def _options() -> list[click.Option]:
         option("data", "data_path"),
         option("layout", type=click.Choice(list(LAYOUTS))),
         option("labels"),
-        option("resize"),
+        option(
+            "resize", type=click.Choice(["crop", "squash", "paper"]),
+            help="crop: the model's own evaluation transform; squash: the whole image, resized; "
+            "paper: what the published code does for this one of its seven models.",
+        ),
         click.Option(
             ["--variant"], type=click.Choice(["corrected", "paper"]), default="corrected",
             show_default=True, help="paper: what the published code computes.",
@@ -54,6 +60,14 @@ def _options() -> list[click.Option]:
         option("verify"),
         option("quiet"),
     ]  # fmt: skip
+
+
+def _compare_option() -> click.Option:
+    return click.Option(
+        ["--compare"], type=click.Path(path_type=Path), multiple=True, metavar="RUN",
+        help="Folder of a run of this study on another model: the figures show both (several "
+        "allowed).",
+    )  # fmt: skip
 
 
 def _training_option() -> click.Option:
@@ -95,6 +109,7 @@ class StudyGroup(click.Group):
         function = callback if self.decorate is None else self.decorate(callback)
         extra = getattr(function, "__click_params__", [])
         trains = [_training_option()] if study.trains else []
+        trains += [_compare_option()] if study.compares else []
         parameters = [*_options(), *trains, *study.parameters, *extra]
         return click.Command(
             cmd_name, callback=callback, params=parameters, help=study.summary(),
@@ -141,6 +156,8 @@ def run_command(study: type[Study], given: dict[str, Any]) -> None:
         resume=given["resume"],
         verify=given["verify"],
         progress=not given["quiet"],
+        compare=given.get("compare", ()),
+        called=_called(),
         command={name: given[name] for name in names} | {"random_init": given["random_init"]},
     )
     result = run_study(experiment, data, given["output"], options, device)
@@ -150,6 +167,14 @@ def run_command(study: type[Study], given: dict[str, Any]) -> None:
     if result.refused:
         count = len(result.refused)
         raise ImagesRefused(f"{count} of the images could not be read: run.json names them.")
+
+
+def _called() -> str:
+    """This command, without the folders of this machine."""
+    program, *arguments = sys.argv
+    names = [Path(each).name if Path(each).is_absolute() else each for each in arguments]
+    own = Path(program).name in ("captum-classemb", "__main__.py")
+    return shlex.join(["captum-classemb"] if own else ["python", program]) + " " + shlex.join(names)
 
 
 class ImagesRefused(click.ClickException):
@@ -183,9 +208,16 @@ def _config(given: dict[str, Any]) -> StudyConfig:
 
 def study_dataset(given: dict[str, Any], labelled: bool, *, say: bool) -> StudyDataset:
     """The data, before the weights are loaded: what a model reads is known without them."""
-    from captum_classemb.data import Preprocess, TrainAndTest, open_dataset, recognise_layout
+    from captum_classemb.data import (
+        Preprocess,
+        TrainAndTest,
+        data_config,
+        open_dataset,
+        recognise_layout,
+    )
     from captum_classemb.data.labels import read_labels
     from captum_classemb.models import class_names, load_model
+    from captum_classemb.models.names import published_transform
 
     layout = given["layout"] or recognise_layout(given["data_path"])
     labels: Any = given["labels"]
@@ -193,7 +225,11 @@ def study_dataset(given: dict[str, Any], labelled: bool, *, say: bool) -> StudyD
         labels = read_labels(Path(labels))
     model = load_model(given["model"], random_init=True, device="meta")
     names = class_names(model)
-    transform = Preprocess.of_model(model, given["resize"])
+    if given["resize"] == "paper":
+        published = published_transform(given["model"])
+        transform = Preprocess.from_config({**data_config(model), **published})
+    else:
+        transform = Preprocess.of_model(model, given["resize"])
     data = open_dataset(given["data_path"], transform, layout, names, labels, labelled=labelled)
     folders = getattr(data, "folders", None)
     if say and folders is not None:

@@ -7,6 +7,7 @@ from importlib import metadata
 
 _PACKAGES = (
     "captum-classemb", "torch", "captum", "timm", "torchmetrics", "numpy", "matplotlib", "pillow",
+    "torchvision", "transformers", "scipy", "grad-cam", "legrad_torch", "lxt",
 )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from captum_classemb.functional.grid import spread
 from captum_classemb.functional.precision import upcast
 from captum_classemb.readout import Readout
 from captum_classemb.vit import ViT, adapt
+from captum_classemb.vit.active_edits import all_patches
 from captum_classemb.vit.memories import ForwardPass
 
 if TYPE_CHECKING:
@@ -210,6 +211,7 @@ class PatchAttribution(Attribution):  # type: ignore[misc]
     def _on_grid(self, patches: Tensor, pixels: Tensor) -> Tensor:
         """…×(N − P) scores of patches to …×h×w."""
         h, w = self.vit.grid((pixels.shape[2], pixels.shape[3]))
+        patches = all_patches(patches, h * w)
         if patches.shape[-1] != h * w:
             raise InputError(
                 f"the model made {patches.shape[-1]} patches of an image of "

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from captum_classemb.attr._base import check_classes
 from captum_classemb.attr._forward_pass import Classes, ForwardPassAttribution, Needs
+from captum_classemb.attr._inputs import forward_args, images
+from captum_classemb.attr.token_gradients import Of, token_gradients
 from captum_classemb.errors import InputError
 from captum_classemb.functional.attention import chunks, values_along
 from captum_classemb.functional.objectives import check_objective, logit_gradient, paper_weights
@@ -64,6 +66,39 @@ class ClassEmbeddingGradient(ForwardPassAttribution):
         super().__init__(model, readout, blocks, heads)
         check_classes(self.vit, objective)
         self.objective = objective
+
+    def attribute_tokens(
+        self,
+        inputs: Tensor,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        *,
+        of: Of = "attention",
+    ) -> Tensor:
+        """The gradient for every query token, each read as if it were the only one.
+
+        Args:
+            inputs (Tensor): images, B×3×H×W.
+            target (int, tuple, Tensor or list): the class explained. Default: None
+            additional_forward_args (Any, optional): further arguments of the model's forward.
+                Default: None
+            of (str, optional): ``"attention"``: the weights of the query's row; or
+                ``"coefficients"``: of the memories, what enters W_O. Default: ``"attention"``
+
+        Returns:
+            Tensor: B×L'×H'×N×N (queries, keys) for the chosen blocks and heads, or B×L'×N×M.
+
+        Raises:
+            InputError: for another ``of``.
+            UnsupportedModelError: if only some tokens attend in the model's blocks.
+        """
+        args = forward_args(additional_forward_args)
+        pixels = images(self.vit, inputs, args)
+        index = self._targets(target, pixels)
+        found = token_gradients(
+            self.vit, self.readout, self.objective, list(self.blocks), pixels, index, args, of
+        )
+        return found if self._every_head or of != "attention" else found[:, :, self.heads]
 
     def needs(self) -> Needs:
         return Needs(self.readout.reads, tuple(self.blocks))

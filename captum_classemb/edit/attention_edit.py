@@ -9,7 +9,7 @@ are to be changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.attention import attention_weights
 from captum_classemb.hooks import after, before, hooks_removed
-from captum_classemb.vit.active_edits import marked
+from captum_classemb.vit.active_edits import marked, unless_paused
 from captum_classemb.vit.parts import Attention
 
 
@@ -35,10 +35,12 @@ class AttentionEdit(TorchFunctionMode):
         reweighs: True where :meth:`weigh` is overridden, which takes weights that fused attention
             does not show.
         changes_weights: False where nothing but :meth:`entering` is overridden.
+        unseen: True where whatever reads the pass finds all that the edit did.
     """
 
     reweighs = False
     changes_weights = True
+    unseen = False
 
     def __init__(self, attentions: Iterable[Attention]) -> None:
         super().__init__()
@@ -70,10 +72,13 @@ class AttentionEdit(TorchFunctionMode):
     def active(self) -> Iterator[None]:
         """Within the context, forward passes of this thread are edited."""
         handles: list[RemovableHandle] = []
-        with hooks_removed(handles), marked(self.changes_weights), self:
+        mark = nullcontext() if self.unseen else marked(self.changes_weights)
+        with hooks_removed(handles), mark, self:
             for attention in self._attentions:
-                handles.append(before(attention.module, self._enter(attention.module)))
-                handles.append(after(attention.module, self._leave))
+                handles.append(
+                    before(attention.module, unless_paused(self._enter(attention.module)))
+                )
+                handles.append(after(attention.module, unless_paused(self._leave)))
             yield
 
     def _enter(self, module: nn.Module) -> Callable[..., None]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from captum_classemb.edit.attention_edit import AttentionEdit
 from captum_classemb.errors import InputError
 from captum_classemb.hooks import before, hooks_removed
-from captum_classemb.vit.active_edits import marked
+from captum_classemb.vit.active_edits import marked, unless_paused
 from captum_classemb.vit.parts import MLP, Attention, ViT
 
 __all__ = ["Layer", "coefficients_changed", "head_columns", "memory_columns"]
@@ -69,8 +69,12 @@ def _chosen(indices: Sequence[int], count: int, what: str) -> Tensor:
 
 
 @contextmanager
-def coefficients_changed(vit: ViT, layer: Layer, changes: Mapping[int, Change]) -> Iterator[None]:
+def coefficients_changed(
+    vit: ViT, layer: Layer, changes: Mapping[int, Change], unseen: bool = False
+) -> Iterator[None]:
     """Within the context, ``changes[block]`` is applied to the coefficients of some blocks.
+
+    Maps are refused there, unless the rows that the readout reads are left alone (``unseen``).
 
     Raises:
         InputError: if there is no such layer or block.
@@ -87,9 +91,9 @@ def coefficients_changed(vit: ViT, layer: Layer, changes: Mapping[int, Change]) 
                 apart[owner.module] = edit
                 attentions.append(owner)
             else:
-                handles.append(before(owner.proj.module, partial(_enter, edit)))
-    unfolded = _Unfolded(attentions, apart).active() if apart else nullcontext()
-    with marked(False), hooks_removed(handles), unfolded:
+                handles.append(before(owner.proj.module, unless_paused(partial(_enter, edit))))
+    unfolded = _Unfolded(attentions, apart, unseen).active() if apart else nullcontext()
+    with nullcontext() if unseen else marked(False), hooks_removed(handles), unfolded:
         yield
 
 
@@ -116,8 +120,10 @@ class _Unfolded(AttentionEdit):
         self,
         attentions: Sequence[Attention],
         edits: Mapping[nn.Module, Callable[[Tensor], Tensor]],
+        unseen: bool,
     ) -> None:
         super().__init__(attentions)
+        self.unseen = unseen
         self._edits = edits
 
     def entering(self, module: nn.Module, coefficients: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from captum_classemb.edit.coefficients import coefficients_changed, head_columns
+from captum_classemb.edit.coefficients import Layer, coefficients_changed, head_columns
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.hooks import after, before, hooks_removed
 from captum_classemb.readout import Norm, Scale
-from captum_classemb.vit.active_edits import marked
+from captum_classemb.vit.active_edits import marked, paused, unless_paused
 from captum_classemb.vit.parts import MLP, Attention, Call, ViT
 from captum_classemb.vit.record import ALL, SiteRecorder
 
@@ -54,7 +54,8 @@ def patch_activations(
     Later blocks compute with what takes their place. Denoising runs the corrupted images with
     activations of the clean ones; noising the clean images with those of the corrupted ones. What
     is recorded within the context is patched, but for a branch that ends in a norm or runs beside
-    another: the patch is put after it.
+    another: the patch is put after it. Maps are those of the patched pass where no token is patched
+    that the readout reads, and refused elsewhere.
 
     Args:
         vit: an adapted model.
@@ -112,8 +113,20 @@ def patch_activations(
 
         return replace
 
-    with patched(vit, site, {index % count: change(index % count) for index in chosen}):
+    changes = {index % count: change(index % count) for index in chosen}
+    with patched(vit, site, changes, unseen=_leaves_rows(vit, tokens)):
         yield
+
+
+def _leaves_rows(vit: ViT, tokens: Tensor | Sequence[int] | None) -> bool:
+    """Whether none of the tokens is one that the model's own readout reads."""
+    if tokens is None or not vit.has_readout:
+        return False
+    chosen, reads = torch.as_tensor(tokens), vit.readout.reads
+    if chosen.dtype == torch.bool:
+        return not bool(chosen[..., reads].any())
+    stop = reads.stop if reads.stop is not None and reads.stop > 0 else 0
+    return stop > 0 and bool((chosen >= stop).all())
 
 
 def observed(vit: ViT, site: str, images: Tensor, blocks: Sequence[int]) -> list[Any]:
@@ -133,8 +146,12 @@ def observed(vit: ViT, site: str, images: Tensor, blocks: Sequence[int]) -> list
 
 
 @contextmanager
-def patched(vit: ViT, site: str, changes: Mapping[int, Change]) -> Iterator[None]:
+def patched(
+    vit: ViT, site: str, changes: Mapping[int, Change], unseen: bool = False
+) -> Iterator[None]:
     """Within the context, ``changes[block]`` is applied to a site's activations in some blocks.
+
+    Maps are refused there, unless the rows that the readout reads are left alone (``unseen``).
 
     Raises:
         InputError: if there is no such site.
@@ -143,15 +160,16 @@ def patched(vit: ViT, site: str, changes: Mapping[int, Change]) -> Iterator[None
     if site not in SITES:
         raise InputError(f"{site!r} cannot be patched: sites are {', '.join(SITES)}.")
     if site.endswith("coefficients"):
-        with coefficients_changed(vit, "attn" if site.startswith("attn") else "mlp", changes):
+        layer: Layer = "attn" if site.startswith("attn") else "mlp"
+        with coefficients_changed(vit, layer, changes, unseen):
             yield
         return
     recorder = None
     if site not in ("resid_pre", "resid_post"):
-        recorder = SiteRecorder.of(vit, {site: ALL}, list(changes))
+        recorder = _Recorder.of(vit, {site: ALL}, list(changes))
     handles: list[RemovableHandle] = []
     with (
-        marked(False),
+        nullcontext() if unseen else marked(False),
         nullcontext() if recorder is None else recorder.hooked(),
         hooks_removed(handles),
     ):
@@ -161,6 +179,22 @@ def patched(vit: ViT, site: str, changes: Mapping[int, Change]) -> Iterator[None
             else:
                 handles.append(_branch_hook(vit, recorder, site, index, change))
         yield
+
+
+class _Recorder(SiteRecorder):
+    """A recorder that hears nothing while edits are paused."""
+
+    def _enter(self, args: Any, kwargs: Any) -> None:
+        self.depth += not paused()
+
+    def _leave(self, args: Any, kwargs: Any, output: Any) -> None:
+        self.depth -= not paused()
+
+    def _before(self, module: nn.Module, hook: Callable[..., Any]) -> RemovableHandle:
+        return super()._before(module, unless_paused(hook))
+
+    def _after(self, module: nn.Module, hook: Callable[..., Any]) -> RemovableHandle:
+        return super()._after(module, unless_paused(hook))
 
 
 def fitting(made: Any, own: Tensor, site: str, block: int) -> Tensor:
@@ -210,13 +244,16 @@ def _token_mask(tokens: Tensor | Sequence[int] | None, own: Tensor) -> Tensor:
 
 def _stream_hook(vit: ViT, site: str, index: int, change: Change) -> RemovableHandle:
     """The residual stream where a block takes it or leaves it."""
+    if site == "resid_pre" and index > 0:
+        # What enters a block is what the one before left: one and the same to whoever reads both.
+        site, index = "resid_post", index - 1
     block = vit.blocks[index]
     if site == "resid_post":
 
         def leave(args: Any, kwargs: Any, output: Any) -> Any:
             return _first_changed(output, lambda own: change(own, 0))
 
-        return after(block.module, leave)
+        return after(block.module, unless_paused(leave))
 
     def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         place = block.stream
@@ -225,7 +262,7 @@ def _stream_hook(vit: ViT, site: str, index: int, change: Change) -> RemovableHa
             return (*args[:place], own, *args[place + 1 :]), kwargs
         return args, {**kwargs, list(kwargs)[place - len(args)]: own}
 
-    return before(block.module, enter)
+    return before(block.module, unless_paused(enter))
 
 
 def _branch_hook(
@@ -253,7 +290,7 @@ def _branch_hook(
             difference = difference / factor
         return _first_changed(output, lambda whole: whole + difference.to(whole.dtype))
 
-    return after(module, add)
+    return after(module, unless_paused(add))
 
 
 def _end_of_branch(owner: Attention | MLP) -> tuple[nn.Module, list[Scale]]:

@@ -25,7 +25,7 @@ from captum_classemb.edit.tokens import (
 )
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.hooks import after, before, hooks_removed
-from captum_classemb.vit.active_edits import tables_cut
+from captum_classemb.vit.active_edits import patches_taken_out, tables_cut, unless_paused
 from captum_classemb.vit.parts import Call, ViT
 
 
@@ -33,9 +33,10 @@ from captum_classemb.vit.parts import Call, ViT
 def remove_tokens(vit: ViT, keep: Tensor) -> Iterator[None]:
     """Within the context the model sees, of each image's patches, only those in ``keep``.
 
-    What is recorded has the rows of :func:`kept_tokens`. Call the adapted model: where its readout
-    reads patches and images keep different numbers of them, the model it holds would read the
-    tokens that fill them up, and is refused.
+    Maps within the context are of the patches that are left, and 0 elsewhere, where all images of
+    the batch keep equally many. What is recorded has the rows of :func:`kept_tokens`. Call the
+    adapted model: where its readout reads patches and images keep different numbers of them, the
+    model it holds would read the tokens that fill them up, and is refused.
 
     Args:
         vit: an adapted model.
@@ -58,7 +59,8 @@ def remove_tokens(vit: ViT, keep: Tensor) -> Iterator[None]:
     refuse_class_attention(vit)
     removal = _Removal(vit, kept_tokens(keep, vit.prefix_tokens), keep.shape[1], keep.dtype)
     attention = removal.active() if removal.edits_attention else nullcontext()
-    with attention, tables_cut(removal.cut), hooks_removed(removal.hooks()):
+    restored = patches_taken_out(removal.restore)
+    with attention, tables_cut(removal.cut), restored, hooks_removed(removal.hooks()):
         yield
 
 
@@ -77,7 +79,7 @@ class _Removal(AttentionEdit):
             if attention.bias(Call((), {}), slice(0, 1)) is not None
         ]
         #: Tables that are cut down are read as they are left; who hides tokens changes weights.
-        self.changes_weights = self.padded
+        self.changes_weights, self.unseen = self.padded, not self.padded
         self.edits_attention = self.padded or bool(self.own_tables)
         everywhere = [a for block in vit.blocks for a in block.attentions]
         super().__init__(everywhere if self.padded else self.own_tables)
@@ -100,6 +102,14 @@ class _Removal(AttentionEdit):
         """A table of positions of all tokens (N×N) for the tokens that are left."""
         return self._table(table) if self._is_table(table) else table
 
+    def restore(self, scores: Tensor, count: int) -> Tensor:
+        """Scores B×…×K of the patches that are left, in their places among all: B×…×T."""
+        prefix = self.vit.prefix_tokens
+        index = (self.kept.places[:, prefix:] - prefix).to(scores.device)
+        index = index.view(len(index), *[1] * (scores.dim() - 2), -1)
+        whole = scores.new_zeros(*scores.shape[:-1], count)
+        return whole.scatter(-1, index.expand(scores.shape), scores)
+
     def _is_table(self, tensor: Tensor) -> bool:
         """Whether it has a row and a column for each token, none removed."""
         return tensor.dim() > 2 and tuple(tensor.shape[-2:]) == (self._tokens, self._tokens)
@@ -115,19 +125,19 @@ class _Removal(AttentionEdit):
     def hooks(self) -> list[Any]:
         """Set the hooks."""
         blocks = self.vit.blocks
-        handles = [before(blocks[0].module, self._drop)]
-        handles += [before(block.module, self._cut_positions) for block in blocks]
+        handles = [before(blocks[0].module, unless_paused(self._drop))]
+        handles += [before(b.module, unless_paused(self._cut_positions)) for b in blocks]
         apart = [
             attention.module
             for block in blocks
             for attention in block.attentions
             if attention.module is not block.module and attention not in self.own_tables
         ]
-        handles += [before(module, self._cut_tables) for module in apart]
+        handles += [before(module, unless_paused(self._cut_tables)) for module in apart]
         if self.padded and reads_patches(self.vit):
-            handles.append(before(self.vit, self._begin))
-            handles.append(after(blocks[-1].module, self._keep_final))
-            handles.append(after(self.vit, self._read))
+            handles.append(before(self.vit, unless_paused(self._begin)))
+            handles.append(after(blocks[-1].module, unless_paused(self._keep_final)))
+            handles.append(after(self.vit, unless_paused(self._read)))
         return handles
 
     def _drop(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

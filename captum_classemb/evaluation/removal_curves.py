@@ -24,8 +24,8 @@ class Curves(NamedTuple):
     """The curves of a batch of images.
 
     ``values[b, o, s, m]`` is the measure m (accuracy, probability, logit of the target) of image b
-    when ``removed[s]`` patches are gone, least important first (o = 0, negative) or most important
-    first (o = 1, positive). ``patches`` is T, the number of patches of an image.
+    when ``removed[s]`` patches are gone in the order o: least important first (o = 0, negative) or
+    most important first (o = 1, positive). ``patches`` is T, the number of patches of an image.
     """
 
     removed: Tensor
@@ -91,41 +91,50 @@ def removal_curves(
     if target.shape != (len(inputs),):
         raise InputError(f"{len(inputs)} images need {len(inputs)} targets: {tuple(target.shape)}.")
     order = removal_order(scores.to(inputs.device))
-    target = target.to(inputs.device)
+    orders = torch.stack([order, order.flip(1)])
+    return curves_in_orders(vit, inputs, orders, target, steps, perturbation)
+
+
+def curves_in_orders(
+    vit: ViT, inputs: Tensor, orders: Tensor, target: Tensor, steps: int, perturbation: Perturbation
+) -> Curves:
+    """Remove patches in O given orders, O×B×T; the rest as for :func:`removal_curves`."""
+    image_size = (inputs.shape[2], inputs.shape[3])
+    orders, target = orders.to(inputs.device), target.to(inputs.device)
     with torch.no_grad():
         if perturbation == "tokens":
             removed = removal_counts(removable_tokens(vit, image_size), steps + 1)
-            logits = _without_tokens(vit, inputs.to(vit.dtype), order, removed)
+            logits = _without_tokens(vit, inputs.to(vit.dtype), orders, removed)
         else:
-            removed = removal_counts(order.shape[1], steps + 1)
+            removed = removal_counts(orders.shape[2], steps + 1)
             fill = _fill(inputs, perturbation, vit.patch_size)
-            logits = _without_pixels(vit, inputs, fill, order, removed, grid)
-        both = torch.cat([target, target])
-        points = [outcomes(at, both).unflatten(0, (2, len(target))) for at in logits]
-    return Curves(removed, torch.stack(points, 2).transpose(0, 1).float(), order.shape[1])
+            logits = _without_pixels(vit, inputs, fill, orders, removed)
+        every = target.repeat(len(orders))
+        points = [outcomes(at, every).unflatten(0, (len(orders), len(target))) for at in logits]
+    values = torch.stack(points, 2).transpose(0, 1).float()
+    return Curves(removed, values, orders.shape[2])
 
 
-def _kept(order: Tensor, removed: Tensor) -> Iterator[Tensor]:
-    """The patches left at each perturbed point: 2B×K, negative order first."""
-    patches = order.shape[1]
+def _kept(orders: Tensor, removed: Tensor) -> Iterator[Tensor]:
+    """The patches left at each perturbed point: (O·B)×K, one order after the other."""
     for count in removed[1:].tolist():
-        yield torch.cat([order[:, count:], order[:, : patches - count]])
+        yield orders[:, :, count:].flatten(0, 1)
 
 
-def _without_tokens(vit: ViT, inputs: Tensor, order: Tensor, removed: Tensor) -> Iterator[Tensor]:
+def _without_tokens(vit: ViT, inputs: Tensor, orders: Tensor, removed: Tensor) -> Iterator[Tensor]:
     whole, calls = block_calls(vit, inputs)
     tokens = calls[0].argument(vit.blocks[0].stream)
-    yield whole.repeat(2, 1)
+    yield whole.repeat(len(orders), 1)
     if _resumes(vit, tokens[:1], calls, whole[:1]):
-        pairs = tokens.repeat(2, 1, 1)
-        for kept in _kept(order, removed):
-            yield run_blocks(vit, keep_tokens(pairs, kept, vit.prefix_tokens), calls)
+        every = tokens.repeat(len(orders), 1, 1)
+        for kept in _kept(orders, removed):
+            yield run_blocks(vit, keep_tokens(every, kept, vit.prefix_tokens), calls)
         return
     # More than tokens enters the blocks (rotary positions, tables): the model itself is run.
-    pairs = inputs.repeat(2, 1, 1, 1)
-    for kept in _kept(order, removed):
+    every = inputs.repeat(len(orders), 1, 1, 1)
+    for kept in _kept(orders, removed):
         with remove_tokens(vit, kept):
-            yield vit(pairs)
+            yield vit(every)
 
 
 def _resumes(vit: ViT, tokens: Tensor, calls: Sequence[Call], logits: Tensor) -> bool:
@@ -144,18 +153,17 @@ def _without_pixels(
     vit: ViT,
     inputs: Tensor,
     fill: Tensor,
-    order: Tensor,
+    orders: Tensor,
     removed: Tensor,
-    grid: tuple[int, int],
 ) -> Iterator[Tensor]:
-    yield vit(inputs.to(vit.dtype)).repeat(2, 1)
-    pairs, fills = inputs.repeat(2, 1, 1, 1), fill.repeat(2, 1, 1, 1)
-    for kept in _kept(order, removed):
-        visible = torch.zeros(len(kept), order.shape[1], dtype=torch.bool, device=inputs.device)
+    yield vit(inputs.to(vit.dtype)).repeat(len(orders), 1)
+    every, fills = (x.repeat(len(orders), 1, 1, 1) for x in (inputs, fill))
+    for kept in _kept(orders, removed):
+        visible = torch.zeros(len(kept), orders.shape[2], dtype=torch.bool, device=inputs.device)
         visible.scatter_(1, kept, True)
         size = (inputs.shape[2], inputs.shape[3])
-        shown = tile(visible.unflatten(1, grid), size, vit.patch_pixels(size))
-        yield vit(torch.where(shown[:, None], pairs, fills).to(vit.dtype))
+        shown = tile(visible.unflatten(1, vit.grid(size)), size, vit.patch_pixels(size))
+        yield vit(torch.where(shown[:, None], every, fills).to(vit.dtype))
 
 
 def _fill(inputs: Tensor, perturbation: Perturbation, patch_size: tuple[int, int]) -> Tensor:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from captum_classemb.errors import InputError
 from captum_classemb.evaluation.areas import area
-from captum_classemb.evaluation.removal_curves import Curves, Perturbation, removal_curves
+from captum_classemb.evaluation.removal_curves import (
+    Curves,
+    Perturbation,
+    curves_in_orders,
+    removal_curves,
+)
 from captum_classemb.evaluation.removal_order import MEASURES
+from captum_classemb.vit import adapt
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["SIDES", "RemovalCurves"]
+__all__ = ["SIDES", "RandomRemoval", "RemovalCurves"]
 
 #: The two orders in which patches go: least important first, and most important first.
 SIDES = ("negative", "positive")
@@ -78,9 +86,10 @@ class RemovalCurves(Metric):
             NonFiniteError: if a score is NaN or infinite.
             UnsupportedModelError: if tokens cannot be taken out of this model exactly.
         """
-        curves = removal_curves(
-            model, images, maps, target, steps=self.steps, perturbation=self.perturbation
-        )
+        options: Any = {"steps": self.steps, "perturbation": self.perturbation}
+        self._add(removal_curves(model, images, maps, target, **options))
+
+    def _add(self, curves: Curves) -> None:
         removed = curves.removed.to(self.removed.device)
         if self.values and not torch.equal(self.removed, removed):
             raise InputError("all images of one removal curve need the same number of patches.")
@@ -141,6 +150,44 @@ class RemovalCurves(Metric):
         ax.legend(frameon=False, fontsize=9)
         figure: Any = ax.figure
         return figure, ax
+
+
+class RandomRemoval(RemovalCurves):
+    """The same for patches that go in random orders: what any map is to be compared with.
+
+    Orders depend on a seed and the image's place in the data alone. Curves have an order for each
+    of ``SEEDS`` in the place of the two of a map.
+
+    Args:
+        steps: as for :class:`RemovalCurves`.
+        perturbation: as for :class:`RemovalCurves`.
+        kwargs: further arguments of ``torchmetrics.Metric``.
+    """
+
+    SEEDS = range(5)
+
+    def update(  # type: ignore[override]
+        self, model: nn.Module, images: Tensor, indices: Sequence[int], target: Tensor
+    ) -> None:
+        """Take in a batch: images B×3×H×W, their places in the data, and targets B."""
+        vit = adapt(model)
+        h, w = vit.grid((images.shape[2], images.shape[3]))
+        orders = [
+            [np.random.Generator(np.random.Philox(key=[s, i])).permutation(h * w) for i in indices]
+            for s in self.SEEDS
+        ]
+        drawn = torch.from_numpy(np.array(orders))
+        self._add(curves_in_orders(vit, images, drawn, target, self.steps, self.perturbation))
+
+    def images(self) -> dict[str, Tensor]:
+        """For each image the area under the mean of its curves, for each measure."""
+        mean = self.curves().values.double().mean(1)
+        areas = area(self.removed, mean.transpose(1, 2), int(self.removed[-1]), "trapezoid")
+        return dict(zip(MEASURES, areas.unbind(-1), strict=True))
+
+    def compute(self) -> dict[str, Tensor]:
+        """The mean over images of each area."""
+        return {measure: values.mean() for measure, values in self.images().items()}
 
 
 def _areas(curves: Tensor, removed: Tensor) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ class ModelSource:
         checkpoint: for weights that timm does not publish, the file that must be given.
         unused: beginnings of the names of entries in that file that the classifier does not use.
         data_config: what the weights were trained on, where it is not what timm says of the name.
+        published: how the published code reads images for it, where it is not what timm says.
     """
 
     timm_name: str
@@ -37,16 +38,28 @@ class ModelSource:
     checkpoint: str | None = None
     unused: tuple[str, ...] = ()
     data_config: tuple[tuple[str, Any], ...] = ()
+    published: tuple[tuple[str, Any], ...] = ()
 
 
 _HALF = (0.5, 0.5, 0.5)
+_WHOLE = (("mean", _HALF), ("std", _HALF), ("crop_pct", 1.0), ("crop_mode", "squash"))
+#: transformers' ViTImageProcessor.
+_PROCESSOR = (*_WHOLE, ("interpolation", "bilinear"))
+#: transformers' DeiTImageProcessor: squashed to 256×256, and the 224×224 in the middle.
+_DEIT_PROCESSOR = (
+    ("mean", (0.485, 0.456, 0.406)),
+    ("std", (0.229, 0.224, 0.225)),
+    ("crop_pct", 0.875),
+    ("crop_mode", "squash"),
+    ("interpolation", "bicubic"),
+)
 
 PAPER_MODELS: dict[str, ModelSource] = {
-    "vit_b_32": ModelSource("vit_base_patch32_224.augreg_in21k_ft_in1k"),
-    "vit_b_16": ModelSource("vit_base_patch16_224.augreg_in21k_ft_in1k"),
-    "vit_large_16": ModelSource("vit_large_patch16_224.augreg_in21k_ft_in1k"),
+    "vit_b_32": ModelSource("vit_base_patch32_224.augreg_in21k_ft_in1k", published=_PROCESSOR),
+    "vit_b_16": ModelSource("vit_base_patch16_224.augreg_in21k_ft_in1k", published=_PROCESSOR),
+    "vit_large_16": ModelSource("vit_large_patch16_224.augreg_in21k_ft_in1k", published=_PROCESSOR),
     "vit_miil_16": ModelSource("vit_base_patch16_224_miil.in21k_ft_in1k"),
-    "vit_gap_16": ModelSource("vit_base_patch16_rpn_224.sw_in1k"),
+    "vit_gap_16": ModelSource("vit_base_patch16_rpn_224.sw_in1k", published=_PROCESSOR),
     "vit_cifar_16": ModelSource(
         "vit_base_patch16_224",
         num_classes=100,
@@ -54,7 +67,8 @@ PAPER_MODELS: dict[str, ModelSource] = {
             "a ViT-B/16 fine-tuned on CIFAR-100 at 224 pixels with 100 classes "
             "(vit_base_patch16_224-CIFAR100.pt of the paper's release)"
         ),
-        data_config=(("mean", _HALF), ("std", _HALF), ("crop_pct", 1.0), ("crop_mode", "squash")),
+        data_config=_WHOLE,
+        published=_PROCESSOR,
     ),
     # The "Refinement" model of the paper: a DeiT-B/16 trained together with heads on its inner
     # blocks, which its classifier does not read.
@@ -65,6 +79,7 @@ PAPER_MODELS: dict[str, ModelSource] = {
             "Transferability of Vision Transformers' (deit_base_trm.pth of their release)"
         ),
         unused=("transformerheads.",),
+        published=_DEIT_PROCESSOR,
     ),
 }
 
@@ -105,6 +120,22 @@ def find_model(name: str) -> ModelSource:
     raise ModelNameError(
         f"No model is named {name!r}: " + closest(name, known, "give a name that timm knows.")
     )
+
+
+def published_transform(name: str) -> dict[str, Any]:
+    """How the published code reads images for one of its models, as changes of timm's settings.
+
+    Of MIIL's model it is timm's own transform, of the others a processor of transformers.
+
+    Raises:
+        ModelNameError: for any other model.
+    """
+    if name not in PAPER_MODELS:
+        raise ModelNameError(
+            f"the published code has no transform for {name!r}: give one of "
+            f"{', '.join(PAPER_MODELS)}, or another way to resize."
+        )
+    return dict(PAPER_MODELS[name].published)
 
 
 def closest(given: str, known: Iterable[str], otherwise: str) -> str:

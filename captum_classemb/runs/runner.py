@@ -45,6 +45,7 @@ from captum_classemb.runs.settings import (
     environment,
     open_folder,
     plain,
+    read_run,
     write_json,
 )
 from captum_classemb.runs.sources import ReadFiles, write_files
@@ -69,6 +70,9 @@ class RunOptions:
         verify: when a run goes on, read all files again that it has read, not only those whose
             size or time of change differs.
         progress: show a progress bar.
+        compare: folders of complete runs of the same study on other models, which the figures show
+            beside this one.
+        called: the command that makes the run, kept in ``run.json``.
         command: further settings that have to be the same when a run goes on.
     """
 
@@ -79,6 +83,8 @@ class RunOptions:
     resume: bool = False
     verify: bool = False
     progress: bool = True
+    compare: Sequence[Path] = ()
+    called: str = ""
     command: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -140,7 +146,8 @@ def run_study(
         the result; tables are the same on every process.
 
     Raises:
-        OutputError: when the folder is in use, holds something else, or cannot be written.
+        OutputError: when the folder is in use, holds something else, or cannot be written; when a
+            run to compare with is not complete, or of another study.
         DataError: when no image can be read.
     """
     options = options or RunOptions()
@@ -148,12 +155,15 @@ def run_study(
     init_process_group()
     plan = _plan(study, data, options)
     notices = study.notices()
+    others = [_complete_run(study, folder) for folder in options.compare]
     with exclusive(output / f".lock-{get_rank()}"):
         settings = _settings(study, data, options)
         here = environment(torch.device(device))
         run = on_main_process(lambda: open_folder(output, settings, here, options.resume))
         if run["complete"]:
             tables = _read_tables(output, run)
+            if others and is_main_process():
+                _draw(study, tables, others, output)
             refused = run.get("refused", [])
             return StudyResult(tables, output, run["images"], refused=refused, info=run)
         started = time.monotonic()
@@ -174,10 +184,13 @@ def run_study(
         seconds = time.monotonic() - started
         run |= {"complete": True, "tables": list(tables), "images": images}
         run |= {"notices": notices, **study.notes()}
-        run |= {"seconds": round(seconds, 3), "device": str(device)}
+        run |= {"seconds": round(seconds, 3), "device": str(device), "called": options.called}
         if is_main_process():
             run |= write_files(output, reads)
-            _write_results(study, tables, output, run)
+            for name, rows in tables.items():
+                write_rows(output / f"{name}.csv", rows)
+            # Last, so that a run that is called complete has all its files.
+            write_json(output / RUN, {**run, "figures": _draw(study, tables, others, output)})
         barrier()
         files.remove()
         checkpoints.remove()
@@ -305,15 +318,30 @@ def _least(value: int) -> int:
     return int(all_reduce(torch.tensor(value), ReduceOp.MIN))
 
 
-def _write_results(
-    study: Study, tables: dict[str, list[Row]], output: Path, run: dict[str, Any]
-) -> None:
-    for name, rows in tables.items():
-        write_rows(output / f"{name}.csv", rows)
-    figures = study.figures(tables)
+def _complete_run(study: Study, folder: Path) -> dict[str, list[Row]]:
+    """The tables of a run to compare with."""
+    if not study.compares:
+        raise OutputError(f"figures of the study {study.name} show one run: leave compare out.")
+    run = read_run(folder)
+    if not run["complete"] or run["settings"].get("study") != study.name:
+        raise OutputError(f"{folder} is no complete run of the study {study.name}.")
+    return _read_tables(folder, run)
+
+
+def _draw(
+    study: Study,
+    tables: dict[str, list[Row]],
+    others: Sequence[dict[str, list[Row]]],
+    output: Path,
+) -> list[str]:
+    """Write the figures, and return their names."""
+    together = {
+        name: [*rows, *(row for other in others for row in other.get(name, ()))]
+        for name, rows in tables.items()
+    }
+    figures = study.figures(together)
     for name, figure in figures.items():
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=_DPI, metadata=PNG_MARK)
         write_atomically(output / f"{name}.png", buffer.getvalue())
-    # Last, so that a run that is called complete has all its files.
-    write_json(output / RUN, {**run, "figures": list(figures)})
+    return list(figures)

@@ -22,8 +22,18 @@ RUN = "run.json"
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Where a run runs: other numbers in the last digits are to be expected elsewhere."""
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"device": device.type, "card": card, "versions": versions()}
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    threads = {"threads": torch.get_num_threads()} if device.type == "cpu" else {}
+    return {"device": device.type, "card": card, **threads, "versions": versions()}
+
+
+def _processor() -> str:
+    """The processor by its name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def describe_data(data: StudyDataset) -> dict[str, Any]:

@@ -32,6 +32,8 @@ class Study(ABC):
         trains: whether something is fitted, so that a training set can be named; a dataset then
             comes with its own, if it has one, as :class:`~captum_classemb.data.TrainAndTest`.
         labelled: whether it needs to know what each image shows.
+        variants: whether the paper's code and text differ on anything it measures.
+        compares: whether its figures show other runs of it beside its own.
         metrics: the accumulators.
     """
 
@@ -39,6 +41,8 @@ class Study(ABC):
     parameters: ClassVar[tuple[Any, ...]] = ()
     trains: ClassVar[bool] = False
     labelled: ClassVar[bool] = True
+    variants: ClassVar[bool] = True
+    compares: ClassVar[bool] = False
     metrics: nn.ModuleDict
 
     @classmethod

@@ -21,7 +21,7 @@ class Row(NamedTuple):
         site: ``resid_pre``, ``attn_out``, ``resid_mid``, ``mlp_out`` or ``resid_post``; empty
             where none is meant.
         tokens: ``cls`` or ``image``; empty for numbers that belong to no token.
-        group: ``all``, ``class`` or ``context``.
+        group: ``all``, ``class``, ``context`` or ``class - context``.
         variant: ``corrected`` or ``paper``.
         metric: name of the metric.
         value: the number; NaN where nothing was counted.

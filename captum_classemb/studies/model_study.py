@@ -16,8 +16,9 @@ from captum_classemb.runs.batches import Batch
 from captum_classemb.runs.config import StudyConfig
 from captum_classemb.runs.study import Study
 from captum_classemb.runs.tables import Row
+from captum_classemb.studies.class_and_context import ClassContextDifference, ShuffledTokens
 from captum_classemb.studies.class_identifiability import Identifiability
-from captum_classemb.studies.group_means import ClassContextDifference, Means
+from captum_classemb.studies.group_means import Means
 from captum_classemb.studies.token_groups import GROUPS, membership
 from captum_classemb.studies.token_reader import TokenReader
 from captum_classemb.vit import ViT, adapt
@@ -36,6 +37,8 @@ class ModelStudy(Study):
         UnsupportedModelError: if the library cannot read the model.
         InputError: for an unknown variant, or a readout that is none.
     """
+
+    compares = True
 
     def __init__(self, config: StudyConfig) -> None:
         check_variant(config.variant)
@@ -102,13 +105,30 @@ class ModelStudy(Study):
         ):
             yield from self.group_rows(f"{head}{metric}", Means(value, n), places)
 
+    def class_context(
+        self, rows: int, levels: int = 2, scale: float = 1.0, shift: float = 0.0
+    ) -> ClassContextDifference | ShuffledTokens:
+        """Compares class and context tokens in whole numbers below ``levels``.
+
+        The image is the unit, or, as published, the token; ``shift + scale · level`` is compared.
+        """
+        if self.variant == "paper":
+            return ShuffledTokens(rows, levels, scale, shift, self.config.seed)
+        return ClassContextDifference(rows, scale=scale, shift=shift, seed=self.config.seed)
+
     def difference_rows(
-        self, metric: str, difference: ClassContextDifference, places: Places
+        self, metric: str, difference: ClassContextDifference | ShuffledTokens, places: Places
     ) -> Iterator[Row]:
-        """Mean difference between class and context tokens, and its p-value."""
+        """Class − context and its p-value; and, where images are the unit, both means."""
         found = difference.compute()
-        if found.n == 0:
+        if found.n == 0 or found.value.isnan().all():
             return
-        for place, value, p in zip(places, found.value, found.p, strict=True):
-            yield self.row(f"{metric}_class_minus_context", value, found.n, place, "image")
-            yield self.row(f"{metric}_class_minus_context_p", p, found.n, place, "image")
+        for index, place in enumerate(places):
+            if self.variant == "corrected":
+                for group, mean in zip(("class", "context"), found.means[:, index], strict=True):
+                    yield self.row(f"{metric}_by_image", mean, found.n, place, "image", group)
+            for name, value in (("", found.value[index]), ("_p", found.p[index])):
+                yield self.row(
+                    f"{metric}_class_minus_context{name}", value, found.n, place, "image",
+                    "class - context",
+                )  # fmt: skip

@@ -5,12 +5,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
 
 from captum_classemb.errors import InputError
 
-__all__ = ["editing", "marked", "refuse_edits", "table_cuts", "tables_cut"]
+__all__ = [
+    "all_patches",
+    "edits_paused",
+    "marked",
+    "patches_taken_out",
+    "paused",
+    "refuse_edits",
+    "table_cuts",
+    "tables_cut",
+    "unless_paused",
+]
 
 _state = threading.local()
 
@@ -26,6 +37,42 @@ def marked(attention: bool) -> Iterator[None]:
 
 
 @contextmanager
+def edits_paused() -> Iterator[None]:
+    """Within the context this thread's passes are not edited: the model runs as it is."""
+    before, _state.paused = paused(), True
+    try:
+        yield
+    finally:
+        _state.paused = before
+
+
+def paused() -> bool:
+    """Whether the edits that this thread is within are paused."""
+    return getattr(_state, "paused", False)
+
+
+def unless_paused(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that does nothing while edits are paused."""
+    return lambda *call: None if paused() else hook(*call)
+
+
+@contextmanager
+def patches_taken_out(restore: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
+    """Within the context ``restore`` puts scores of the patches left among T, others at 0."""
+    before, _state.restore = getattr(_state, "restore", None), restore
+    try:
+        yield
+    finally:
+        _state.restore = before
+
+
+def all_patches(scores: Tensor, count: int) -> Tensor:
+    """Scores B×…×K of the patches of a pass as B×…×T: those that an edit took out have none."""
+    restore: Callable[[Tensor, int], Tensor] | None = getattr(_state, "restore", None)
+    return scores if restore is None else restore(scores, count)
+
+
+@contextmanager
 def tables_cut(cut: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Within the context ``cut`` takes from tables of positions what belongs to tokens left."""
     _state.cuts = (*getattr(_state, "cuts", ()), cut)
@@ -38,7 +85,7 @@ def tables_cut(cut: Callable[[Tensor], Tensor]) -> Iterator[None]:
 def table_cuts() -> tuple[Callable[[Tensor], Tensor], ...]:
     """What the edits that this thread is within do to tables of positions, …×N×N."""
     cuts: tuple[Callable[[Tensor], Tensor], ...] = getattr(_state, "cuts", ())
-    return cuts
+    return () if paused() else cuts
 
 
 def editing() -> tuple[bool, ...]:

@@ -23,7 +23,7 @@ from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.functional.precision import no_autocast, upcast
 from captum_classemb.hooks import before, hooks_removed, uncompiled
 from captum_classemb.readout import OutputPath
-from captum_classemb.vit.active_edits import refuse_edits
+from captum_classemb.vit.active_edits import edits_paused, refuse_edits
 from captum_classemb.vit.checks import TOLERANCE, differs, reading
 from captum_classemb.vit.parts import Call, ViT
 from captum_classemb.vit.record import Recording, record
@@ -81,6 +81,11 @@ def verify(vit: ViT, pixels: Tensor, forward_args: tuple[Any, ...] = ()) -> None
             pass is edited.
     """
     refuse_edits()
+    with edits_paused():
+        _verify(vit, pixels, forward_args)
+
+
+def _verify(vit: ViT, pixels: Tensor, forward_args: tuple[Any, ...]) -> None:
     state, training = _state(vit)
     if training:
         refuse_random_forward(vit.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 import timm
 import torch
+from captum import attr as captum
 from families import torchvision_vit
 from torch import Tensor, nn
 
+from captum_classemb.attr import METHODS
 from captum_classemb.attr.baselines import CPLRP, LeGrad
 from captum_classemb.evaluation.removal_order import patch_sums
 from captum_classemb.vit import ViT, adapt
@@ -21,10 +24,13 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
-def arena(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The arena's methods, peers' rows among them."""
+def others(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The methods of other packages that the study of faithfulness compares with."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("arena_methods")
+    known = dict(METHODS)
+    yield importlib.import_module("compared")
+    for name in METHODS.keys() - known.keys():
+        del METHODS[name]
 
 
 def _drawn(model: nn.Module) -> nn.Module:
@@ -63,15 +69,15 @@ def _stretched(maps: Tensor) -> Tensor:
     return (maps - low[:, None, None]) / (high - low)[:, None, None]
 
 
-def test_grad_cam_is_that_of_grad_cam(arena: Any) -> None:
+def test_grad_cam_is_that_of_grad_cam(others: Any) -> None:
     pytest.importorskip("pytorch_grad_cam")
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.image import scale_cam_image
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     vit, (images, target) = _small(), _batch()
-    ours = arena._grad_cam(vit)(images, target)
-    layer = arena.last_norm(vit)
+    ours = others.grad_cam(vit)(images, target)
+    layer = others.last_norm(vit)
     targets = [ClassifierOutputTarget(int(c)) for c in target]
 
     def reshape(tokens: Tensor) -> Tensor:
@@ -84,33 +90,31 @@ def test_grad_cam_is_that_of_grad_cam(arena: Any) -> None:
         (kept,), (slopes,) = made.activations, made.gradients
         theirs = cam.get_cam_image(images, layer, targets, kept.numpy(), slopes.numpy())
     _agree(ours, torch.from_numpy(theirs).relu(), 1e-12)
-    # The row of the arena gets them enlarged, in float32; the library scales to 0-1 twice.
+    # The study gets them enlarged, in float32; the library scales to 0-1 twice.
     enlarged = torch.from_numpy(scale_cam_image(scale_cam_image(ours.numpy(), (32, 32))))
-    row = arena.peers.grad_cam(vit)(images, target)
+    row = others.peers.grad_cam(vit)(images, target)
     _agree(row, patch_sums(enlarged[:, None], (4, 4)), 1e-6)
 
 
-def test_legrad_is_that_of_legrad_torch(arena: Any) -> None:
+def test_legrad_is_that_of_legrad_torch(others: Any) -> None:
     """With all blocks there, and no ε here: theirs leaves the norm without one."""
     pytest.importorskip("legrad")
     vit, (images, target) = _small(norm_eps=1e-12), _batch()
-    theirs = arena.peers.legrad(vit, layer_index=0)(images, target)
+    theirs = others.peers.legrad(vit, layer_index=0)(images, target)
     ours = patch_sums(LeGrad(vit).attribute(images, target), (4, 4))
     _agree(_stretched(ours), theirs, 1e-9)
-    last = arena.peers.legrad(vit)(images, target)
+    last = others.peers.legrad(vit)(images, target)
     assert (last - theirs).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize(
-    "name", ["Grad-CAM (grad-cam)", "LeGrad (legrad_torch)", "CP-LRP (lxt)", "AttnLRP (lxt)"]
-)
-def test_a_peer_leaves_the_model_as_it_was(arena: Any, name: str) -> None:
-    (method,) = (m for m in arena.METHODS if m.name == name)
-    pytest.importorskip(method.peer)
+@pytest.mark.parametrize("name", ["pytorch-grad-cam", "legrad-torch", "lxt-cp-lrp", "lxt-attnlrp"])
+def test_a_peer_leaves_the_model_as_it_was(others: Any, name: str) -> None:
+    _, build, library = others.OTHERS[name]
+    pytest.importorskip(library)
     vit, (images, target) = _small(), _batch()
     modules: list[Any] = list(vit.model.modules())
     before, state = vit(images), [dict(vars(m)) for m in modules]
-    maps = method.build(vit)(images, target)
+    maps = build(vit)(images, target)
     assert maps.shape == (2, 4, 4)
     assert not maps.requires_grad
     assert torch.equal(vit(images), before)
@@ -118,19 +122,19 @@ def test_a_peer_leaves_the_model_as_it_was(arena: Any, name: str) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
 
 
-def test_cp_lrp_is_that_of_lxt(arena: Any) -> None:
+def test_cp_lrp_is_that_of_lxt(others: Any) -> None:
     pytest.importorskip("lxt")
     vit, (images, target) = _small(), _batch()
     ours = patch_sums(CPLRP(vit).attribute(images, target), (4, 4))
-    _agree(ours, arena.peers.cp_lrp(vit)(images, target), 1e-6)
-    other = arena.peers.attn_lrp(vit)(images, target)
+    _agree(ours, others.peers.cp_lrp(vit)(images, target), 1e-6)
+    other = others.peers.attn_lrp(vit)(images, target)
     assert (ours - other).abs().max() > 1e-2 * ours.abs().max()
 
 
-def test_cp_lrp_is_that_of_lxt_for_torchvision(arena: Any) -> None:
+def test_cp_lrp_is_that_of_lxt_for_torchvision(others: Any) -> None:
     """lxt's rules for torchvision's ViT freeze attention too (its ``cp_LRP`` map)."""
     pytest.importorskip("lxt")
-    rules = arena.peers.lxt_rules()
+    rules = others.peers.lxt_rules()
     images, target = _batch()
     ours = CPLRP(_drawn(torchvision_vit(5))).attribute(images, target)
     model: Any = _drawn(torchvision_vit(5))
@@ -155,3 +159,36 @@ def test_cp_lrp_is_that_of_lxt_for_torchvision(arena: Any) -> None:
     assert tokens[0].grad is not None
     theirs = (tokens[0] * tokens[0].grad).sum(-1)[:, 1:].detach()
     _agree(patch_sums(ours, (4, 4)).flatten(1), theirs, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "captum-integrated-gradients",
+        "captum-input-x-gradient",
+        "captum-saliency",
+        "captum-feature-ablation",
+    ],
+)
+def test_captums_methods_are_captums(others: Any, name: str) -> None:
+    vit, (images, target) = _small(), _batch()
+    (caption, build, _), mask = others.OTHERS[name], vit.feature_mask((32, 32))
+    own: dict[str, Any] = {
+        "captum-integrated-gradients": lambda: captum.IntegratedGradients(vit).attribute(
+            images, target=target, n_steps=20
+        ),
+        "captum-input-x-gradient": lambda: captum.InputXGradient(vit).attribute(
+            images.requires_grad_(), target=target
+        ),
+        "captum-saliency": lambda: captum.Saliency(vit).attribute(
+            images.requires_grad_(), target=target
+        ),
+        "captum-feature-ablation": lambda: captum.FeatureAblation(vit).attribute(
+            images, target=target, feature_mask=mask
+        ),
+    }
+    expected = patch_sums(own[name]().detach(), (4, 4))
+    method = others.OtherMethod(build, vit)
+    _agree(method.attribute_patches(images.detach(), target)[:, 0], expected, 1e-12)
+    _agree(method.attribute_classes(images.detach(), [1])[1, 0], expected[1], 1e-12)
+    assert caption

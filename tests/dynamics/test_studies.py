@@ -22,6 +22,7 @@ from captum_classemb.dynamics.hessian import top_eigenvalues
 from captum_classemb.dynamics.studies.curvature import HessianStudy, TrajectoryStudy
 from captum_classemb.dynamics.studies.fourier_and_variance import FourierStudy
 from captum_classemb.dynamics.tracing.traced_steps import find_steps, record_steps
+from captum_classemb.errors import InputError
 from captum_classemb.runs import StudyConfig, read_rows, run_study, select
 from captum_classemb.studies import all_studies
 
@@ -79,3 +80,14 @@ def test_trajectory_on_a_line(tmp_path: Path) -> None:
     radii = [r.value for r in result.tables["trajectory"] if r.metric.startswith("radius")]
     assert radii == pytest.approx([1.0, 0.5, 0.0], abs=1e-6)
     torch.testing.assert_close(dict(model.state_dict()), weights)
+
+
+def test_variants_that_a_study_does_not_have_are_refused() -> None:
+    for name, study in all_studies().items():
+        config = StudyConfig(vit(), "small", variant="paper")
+        if not study.variants:
+            with pytest.raises(InputError, match=f"{name} has no variant 'paper'"):
+                study(config, **({"checkpoints": []} if name == "trajectory" else {}))  # type: ignore
+    without = {name for name, study in all_studies().items() if not study.variants}
+    names = {"robustness", "hessian", "trajectory", "frequency-noise", "lesion", "cka"}
+    assert without == names

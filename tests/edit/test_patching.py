@@ -14,6 +14,7 @@ from families import CLASS_ATTENTION, FAMILIES, PARALLEL, build, images
 from oracle import logits_of
 from torch import Tensor, nn
 
+from captum_classemb import ClassEmbeddingProjection, MemoryPatchImportance, PatchImportance
 from captum_classemb.edit import patch_activations, patching_sweep
 from captum_classemb.edit.patching import SITES, observed
 from captum_classemb.errors import InputError, UnsupportedModelError
@@ -250,6 +251,34 @@ def test_sweeps_over_heads(name: str) -> None:
     both = patching_sweep(vit, corrupted, clean, site, over="heads", groups=[[0, 2]], blocks=[1])
     with torch.no_grad(), patch_activations(vit, site, clean, blocks=[1], heads=[0, 2]):
         assert torch.allclose(both[0, 0], vit(corrupted), rtol=1e-10)
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("name", ["cls", "layer scale", "registers"])
+def test_maps_of_a_patched_pass(name: str, site: str) -> None:
+    """The ledger adds up to the patched logit, and the projection reads the patched tokens."""
+    model, (clean, corrupted) = build(name), two_images(name)
+    vit, target = adapt(model), torch.tensor([2, 5])
+    tokens = [4, 9, 11]
+    with patch_activations(vit, site, clean, blocks=[0, 1], tokens=tokens):
+        with torch.no_grad():
+            logits = vit(corrupted)
+        ledger = MemoryPatchImportance(vit).ledger(corrupted, target)
+        hidden = record(vit, corrupted, ["resid_post"])["resid_post"][-1]
+        maps = ClassEmbeddingProjection(vit).attribute_patches(corrupted, target)
+        importance = PatchImportance(vit).attribute_patches(corrupted, target)
+    assert not torch.allclose(logits, vit(corrupted), rtol=1e-4)
+    torch.testing.assert_close(ledger.total, logits.gather(1, target[:, None])[:, 0])
+    read = vit.readout.project(hidden)[:, vit.prefix_tokens :]
+    expected = read.gather(2, target[:, None, None].expand(-1, read.shape[1], 1))[..., 0]
+    torch.testing.assert_close(maps.flatten(1), expected)
+    assert importance.isfinite().all()
+    for patched in ([0, 4], None):
+        with (
+            patch_activations(vit, site, clean, blocks=[0], tokens=patched),
+            pytest.raises(InputError, match="leave the edit first"),
+        ):
+            PatchImportance(vit).attribute(corrupted, target)
 
 
 def test_refusals_say_what_is_wrong() -> None:

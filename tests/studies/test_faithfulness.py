@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from captum_classemb.attr.baselines import CheferRelevance
 from captum_classemb.cli import cli
+from captum_classemb.edit import remove_tokens
 from captum_classemb.errors import CheckpointError, InputError, OutputError
 from captum_classemb.evaluation import BoxLocalisation, RemovalCurves
 from captum_classemb.readout import (
@@ -132,6 +135,74 @@ def test_the_papers_variant_gives_published_areas(tmp_path: Path) -> None:
     rows = run_study(study, Boxes(), tmp_path, options).tables["areas"]
     names = {row.metric for row in rows}
     assert "chefer/accuracy/negative" in names and "chefer/accuracy/gap" not in names
+
+
+def test_random_orders_are_measured_beside_the_methods(tmp_path: Path) -> None:
+    study = FaithfulnessStudy(StudyConfig(model(), "small"), ["rollout"], steps=4)
+    tables = run_study(study, Boxes(), tmp_path, OPTIONS).tables
+    images, labels = whole()
+    vit, curves = adapt(model()), torch.zeros(5, 5, IMAGES)
+    for seed in range(5):
+        for image in range(IMAGES):
+            order = np.random.Generator(np.random.Philox(key=[seed, image])).permutation(16)
+            for point, gone in enumerate((0, 4, 8, 12, 16)):
+                kept = torch.from_numpy(order[gone:].copy())[None]
+                with torch.no_grad(), remove_tokens(vit, kept):
+                    logits = vit(images[image, None])
+                curves[seed, point, image] = logits.softmax(-1)[0, labels[image]]
+    mean = curves.mean(-1)
+    for point in range(5):
+        for name, value in (("mean", mean.mean(0)), ("low", mean.amin(0)), ("high", mean.amax(0))):
+            metric = f"random/probability/{name}@{point / 4:.4f}"
+            (row,) = select(tables["curves"], metric=metric)
+            assert row.value == pytest.approx(value[point].item(), abs=1e-5)
+    (row,) = select(tables["areas"], metric="random/probability/area")
+    area = torch.trapezoid(mean.mean(0), dx=0.25).item()
+    assert row.value == pytest.approx(area, abs=1e-5) and row.n == IMAGES
+
+
+def test_the_predicted_class_and_half_of_the_images(tmp_path: Path) -> None:
+    config = StudyConfig(model(), "small")
+    study = FaithfulnessStudy(config, ["chefer"], 4, target="predicted", half="odd")
+    areas = run_study(study, Boxes(), tmp_path, OPTIONS).tables["areas"]
+    images = whole()[0][1::2]
+    predicted = model()(images).argmax(-1)
+    metric = RemovalCurves(steps=4)
+    maps = CheferRelevance(model()).attribute_patches(images, predicted)[:, 0]
+    metric.update(model(), images, maps, predicted)
+    (row,) = select(areas, metric="chefer/probability/gap")
+    assert row.n == 3 and row.value == pytest.approx(metric.compute()["probability/gap"].item())
+    for wrong in ({"target": "other"}, {"half": "third"}):
+        with pytest.raises(InputError, match="'label' or 'predicted'"):
+            FaithfulnessStudy(config, ["chefer"], 4, **wrong)  # type: ignore[arg-type]
+
+
+def test_axioms_cost_and_differences(tmp_path: Path) -> None:
+    config = StudyConfig(model(), "small")
+    names = ["chefer", "raw-attention"]
+    study = FaithfulnessStudy(config, names, 4, axioms=True, cost=True)
+    areas = run_study(study, Boxes(), tmp_path / "one", OPTIONS).tables["areas"]
+    value = {row.metric: row.value for row in areas}
+    assert value["chefer/cost/backward_passes"] > 0.4
+    assert value["raw-attention/cost/backward_passes"] == 0.0
+    assert value["raw-attention/cost/forward_passes"] == pytest.approx(1.0)
+    assert value["chefer/cost/memory"] > value["raw-attention/cost/memory"]
+    (row,) = select(areas, metric="raw-attention/axioms/infidelity")
+    assert row.n == 4 and row.value > 0
+    # Attention of the last block knows of no class: shuffled weights leave nothing of its map.
+    assert abs(value["raw-attention/axioms/randomised"]) < 0.5
+    ours, other = (study.metrics[f"curve {name}"].images() for name in names)  # type: ignore
+    for area in ("accuracy/gap", "probability/negative"):
+        expected = (ours[area] - other[area]).mean().item()
+        assert value[f"raw-attention/{area}/first_minus_this"] == pytest.approx(expected)
+    assert not any("chefer" in name and "first_minus" in name for name in value)
+    # The other model of a comparison is in both figures.
+    config = StudyConfig(model(depth=3), "deep")
+    study = FaithfulnessStudy(config, names, 4)
+    options = replace(OPTIONS, compare=[tmp_path / "one"])
+    result = run_study(study, Boxes(), tmp_path / "two", options)
+    assert {row.model for rows in result.tables.values() for row in rows} == {"deep"}
+    assert (tmp_path / "two" / "methods.png").stat().st_size > 10_000
 
 
 def test_an_unknown_method_is_refused() -> None:

@@ -55,7 +55,14 @@ def test_identifiability_against_the_definitions(tmp_path: Path, variant: str) -
         outside = r[with_mask][:, 1:][:, ~left]
         assert one(rows, **where, group="context") == pytest.approx(outside.mean().item())
         gap = one(rows, **{**where, "metric": "class_identifiability_class_minus_context"})
-        assert gap == pytest.approx((inside.mean(1) - outside.mean(1)).mean().item())
+        if variant == "paper":
+            assert gap == pytest.approx((inside.mean() - outside.mean()).item())
+        else:
+            assert gap == pytest.approx((inside.mean(1) - outside.mean(1)).mean().item())
+            where["metric"] = "class_identifiability_by_image"
+            means = [one(rows, **where, group=group) for group in ("class", "context")]
+            assert means == pytest.approx([x.mean(1).mean().item() for x in (inside, outside)])
+            assert gap == pytest.approx(means[0] - means[1])
         where["metric"] = "images_with_identifiable_token"
         best = (r[:, 1:] == 1).any(1).double().mean().item()
         assert one(rows, **where, tokens="image", group="all") == pytest.approx(best)

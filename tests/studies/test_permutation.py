@@ -12,7 +12,7 @@ from captum_classemb.functional.permutation import (
     count_hits,
     random_signs,
 )
-from captum_classemb.studies.group_means import ClassContextDifference
+from captum_classemb.studies.class_and_context import ClassContextDifference, ShuffledTokens
 from captum_classemb.studies.token_groups import membership
 
 
@@ -95,6 +95,7 @@ def test_streamed_is_the_test_on_all_differences(images: int) -> None:
     found = metric.compute()
     torch.testing.assert_close(found.p, sign_flip_test(differences, indices, 10_000, seed=4))
     torch.testing.assert_close(found.value, differences.mean(0))
+    torch.testing.assert_close(found.means, torch.stack([found.value, torch.zeros(2).double()]))
     assert found.n == images
 
 
@@ -113,3 +114,37 @@ def test_without_images_there_is_no_number() -> None:
     metric.update(torch.zeros(1, 1, 2), membership(1, 2, 0), [0])
     found = metric.compute()
     assert found.n == 0 and found.p.isnan().all() and found.value.isnan().all()
+
+
+def test_shuffled_tokens_are_the_published_test() -> None:
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.randint(0, 6, (2, 5, 40), generator=generator)
+    patches = torch.randint(0, 2, (5, 40), generator=generator)
+    # The second quantity is higher on class tokens, by little.
+    levels[1] += (patches == 1) & (torch.rand(5, 40, generator=generator) < 0.25)
+    members = membership(5, 40, 0, patches)
+    metric = ShuffledTokens(rows=2, levels=7, scale=-0.5, shift=1.0)
+    for images in (slice(0, 2), slice(2, 5)):
+        metric.update(levels[:, images], members[:, images], range(5)[images])
+    found = metric.compute()
+    values = 1.0 - 0.5 * levels.double()
+    for row in range(2):
+        ours, others = values[row][patches == 1], values[row][patches == 0]
+        torch.testing.assert_close(found.means[:, row], torch.stack([ours.mean(), others.mean()]))
+        observed = ours.mean() - others.mean()
+        torch.testing.assert_close(found.value[row], observed)
+        together = torch.cat([ours, others])
+        larger = 0
+        for _ in range(4000):
+            shuffled = together[torch.randperm(200, generator=generator)]
+            difference = shuffled[: len(ours)].mean() - shuffled[len(ours) :].mean()
+            larger += bool(difference > observed + 1e-12)
+        share = larger / 4000
+        error = 4 * (max(share * (1 - share), 0.01) / 300) ** 0.5
+        assert found.p[row].item() == pytest.approx(share, abs=error)
+    assert found.n == 200
+    rising = ShuffledTokens(rows=1, levels=2)
+    rising.update((patches == 1)[None], members, range(5))
+    assert rising.compute().p.item() == 0.0
+    rising.update(torch.zeros(1, 1, 3, dtype=torch.bool), membership(1, 3, 0), [0])
+    assert ShuffledTokens(rows=1, levels=2).compute().p.isnan().all()

@@ -143,7 +143,10 @@ def test_attention_perturbation(
     tiny: nn.Module, data: StudyDataset, golden: Golden, step: int
 ) -> None:
     study = AttentionPerturbationStudy(StudyConfig(tiny, "tiny", variant="paper"))
+    close, positions = 0, []
     for batch in batches(data, step):
+        study.update(batch)
+        positions.append(published(golden, "attn_no_cls_pos", batch))
         for name in ("self_only", "no_cls"):
             with study.edit(name, (224, 224)):
                 recording = record(study.vit, batch.images, ["resid_post"])
@@ -152,6 +155,15 @@ def test_attention_perturbation(
             logits = study.vit.readout.project(recording["resid_post"][11])
             ranks = study.ranks(recording, batch.labels)[-1]
             check_ranks(ranks, logits, batch.labels, published(golden, f"attn_{name}_pos", batch))
+        close += int((close_calls(logits, batch.labels) > 0).sum())
+    # Over all tokens with CLS, as published: 4.51 % over the hundred images.
+    where = {"metric": "no_cls/class_identifiability_rate", "tokens": "image", "group": "all"}
+    (rate,) = select(study.tables()["attention-perturbation"], **where, block=11)
+    expected = torch.cat(positions)
+    assert rate.n == expected.numel()
+    assert abs(rate.value - float((expected == 0).double().mean())) * rate.n <= close
+    if step == 1:
+        assert round(100 * rate.value, 2) == 4.51
 
 
 @ROWS
@@ -208,6 +220,13 @@ def test_means_over_the_whole_set(
         np.testing.assert_allclose(by_block(**means, **group), published, atol=1e-6)
     parted = np.stack([by_block(**means, group=g) for g in ("class", "context")], 1)
     np.testing.assert_allclose(parted, golden["ident_segmented_class_context"], atol=2e-6)
+    gap = "class_identifiability_class_minus_context"
+    where = {"site": "resid_post", "group": "class - context"}
+    found, p = by_block(metric=gap, **where), by_block(metric=f"{gap}_p", **where)
+    published = golden["ident_segmented_class_context"]
+    np.testing.assert_allclose(found, published[:, 0] - published[:, 1], atol=4e-6)
+    np.testing.assert_allclose(found[[5, 8, 11]], [0.03445, 0.02658, 0.02654], atol=1e-5)
+    assert (p[[5, 8, 11]] == 0).all()
     np.testing.assert_allclose(
         by_block(**changes, site="resid_post", **groups["image"]), golden["change_rate"], atol=1e-4
     )

@@ -48,6 +48,7 @@ class RobustnessStudy(DynamicsStudy):
     """
 
     name = "robustness"
+    variants = False
 
     def __init__(self, config: StudyConfig) -> None:
         super().__init__(config)

@@ -79,6 +79,7 @@ class HessianStudy(LossStudy):
     """
 
     name = "hessian"
+    variants = False
     parameters = (
         _COUNT,
         _DECAY,
@@ -212,6 +213,7 @@ class TrajectoryStudy(LossStudy):
     """
 
     name = "trajectory"
+    variants = False
     parameters = (
         click.Option(
             ["--checkpoints"], type=click.Path(path_type=Path), required=True, metavar="DIR",

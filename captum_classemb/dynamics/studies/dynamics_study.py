@@ -39,10 +39,18 @@ class DynamicsStudy(Study):
 
     Args:
         config: the model and how it is studied.
+
+    Raises:
+        InputError: for an unknown variant, and for one that the study does not have.
     """
 
     def __init__(self, config: StudyConfig) -> None:
         check_variant(config.variant)
+        if config.variant != "corrected" and not self.variants:
+            raise InputError(
+                f"the study {self.name} has no variant {config.variant!r}, since paper and code "
+                "agree on it: leave the variant out."
+            )
         self.config = config
         self.variant: Variant = config.variant
 

@@ -38,6 +38,7 @@ class FrequencyNoiseStudy(DynamicsStudy):
     """Accuracy of one or two models under noise of one frequency band, of equal energy per band."""
 
     name = "frequency-noise"
+    variants = False
     parameters = (
         click.Option(["--bands"], type=click.IntRange(min=1), default=10, help="Bands up to π."),
         click.Option(
@@ -98,6 +99,7 @@ class LesionStudy(DynamicsStudy):
     """Accuracy when one block, attention or MLP is removed, by its position."""
 
     name = "lesion"
+    variants = False
 
     def __init__(self, config: StudyConfig) -> None:
         super().__init__(config)
@@ -135,6 +137,7 @@ class CKAStudy(DynamicsStudy):
     """
 
     name = "cka"
+    variants = False
     labelled = False
     parameters = OTHER_MODEL
 

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from captum_classemb.runs.tables import Row, select
-from captum_classemb.studies.panels import COLOURS, Panel, Series, by_block, up_to_highest
+from captum_classemb.studies.panels import (
+    COLOURS,
+    Panel,
+    Series,
+    by_block,
+    model_names,
+    up_to_highest,
+)
 from captum_classemb.studies.perturbation import UNPERTURBED
 
 _NAMES = {
@@ -17,8 +24,9 @@ _NAMES = {
 }
 
 
-def draw(rows: Sequence[Row], model: str) -> dict[str, Figure]:
+def draw(rows: Sequence[Row]) -> dict[str, Figure]:
     """Identifiability of image tokens and of CLS under each condition."""
+    model = model_names(rows)
     image, cls = (select(rows, tokens=tokens, group="all") for tokens in ("image", "cls"))
     mean, rate = _series("class_identifiability"), _series("class_identifiability_rate")
     drawn = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from captum_classemb.edit import knock_out, no_cls, self_only
 from captum_classemb.runs.batches import Batch
 from captum_classemb.runs.config import StudyConfig
 from captum_classemb.runs.registry import register_study
-from captum_classemb.runs.tables import Row
+from captum_classemb.runs.tables import Row, select
 from captum_classemb.studies.attention_perturbation.figure import draw
 from captum_classemb.studies.perturbation import UNPERTURBED, PerturbationStudy
 from captum_classemb.vit import record
@@ -26,7 +27,8 @@ class AttentionPerturbationStudy(PerturbationStudy):
     tokens off from CLS, in every block; each is compared with the unperturbed pass.
 
     Variants: ``"corrected"`` cuts before the softmax; ``"paper"`` cuts image tokens off from
-    prefix tokens too in ``self_only``, and does not renormalise the weights in ``no_cls``.
+    prefix tokens too in ``self_only``, does not renormalise the weights in ``no_cls``, and counts
+    CLS among the image tokens in the rate of perturbed passes, as the published code does.
 
     Args:
         config: the model and how it is studied.
@@ -60,5 +62,17 @@ class AttentionPerturbationStudy(PerturbationStudy):
             return knock_out(self.vit, cut, renormalise=self.variant == "corrected")
         return nullcontext()
 
+    def condition_rows(self, name: str) -> Iterator[Row]:
+        rows = list(super().condition_rows(name))
+        metric = f"{name}/class_identifiability_rate"
+        for row in rows:
+            if (row.metric, row.tokens, row.group) == (metric, "image", "all") and (
+                self.variant == "paper" and name != UNPERTURBED
+            ):
+                counted = [row, *select(rows, metric=metric, block=row.block, tokens="cls")]
+                n = sum(each.n for each in counted)
+                row = row._replace(value=sum(each.value * each.n for each in counted) / n, n=n)
+            yield row
+
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
-        return draw(tables[self.name], self.config.name)
+        return draw(tables[self.name])

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from captum_classemb.runs.tables import Row, select
-from captum_classemb.studies.panels import SITE_NAMES, TOKEN_SERIES, Panel, Series, by_block
+from captum_classemb.studies.panels import (
+    SITE_NAMES,
+    TOKEN_SERIES,
+    Panel,
+    Series,
+    by_block,
+    model_names,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,8 +67,9 @@ def _composition(rows: Sequence[Row], model: str) -> Figure:
     return by_block(f"Where a block's top class comes from, {model}", drawn)
 
 
-def draw(rows: Sequence[Row], model: str) -> dict[str, Figure]:
+def draw(rows: Sequence[Row]) -> dict[str, Figure]:
     """Identifiability by block and by site, change rates, residual composition."""
+    model = model_names(rows)
     return {
         "identifiability": _by_block(rows, model),
         "identifiability_by_site": _by_site(

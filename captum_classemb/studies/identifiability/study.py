@@ -18,7 +18,7 @@ from captum_classemb.runs.config import StudyConfig
 from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row, select
 from captum_classemb.studies.class_identifiability import Accuracy, ClassIdentifiability
-from captum_classemb.studies.group_means import ClassContextDifference, Means
+from captum_classemb.studies.group_means import Means
 from captum_classemb.studies.identifiability.metric import (
     SOURCES,
     ClassSimilarityChangeRate,
@@ -45,8 +45,9 @@ class IdentifiabilityStudy(ModelStudy):
 
     Variants: ``"paper"`` compares the MLP's output with the output of the block before, whose
     attention it has not seen, where ``"corrected"`` takes the MLP's own input; it starts at the
-    second block; it counts composition as published; and it takes the top-left pixel of a patch
-    for its mask.
+    second block; it counts composition as published; it takes the top-left pixel of a patch
+    for its mask; and class and context tokens are compared token by token, pooled over images,
+    with a one-sided p of 300 shuffles, where ``"corrected"`` compares an image's means.
 
     Args:
         config: the model and how it is studied.
@@ -73,13 +74,13 @@ class IdentifiabilityStudy(ModelStudy):
         # The published code has no input for the first block.
         self.first = 1 if self.variant == "paper" else 0
         self.changes = [(block, site) for site in _SITES for block in range(self.first, self.depth)]
-        rows, seed = len(self.places), config.seed
+        rows, classes = len(self.places), self.readout.num_classes
         self.accuracy = Accuracy()
-        self.identifiability = ClassIdentifiability(rows, self.readout.num_classes)
+        self.identifiability = ClassIdentifiability(rows, classes)
         self.change_rate = ClassSimilarityChangeRate(len(self.changes))
         self.composition = ResidualComposition(self.depth - 1, self.variant)
-        self.identifiability_difference = ClassContextDifference(rows, seed=seed)
-        self.change_rate_difference = ClassContextDifference(len(self.changes), seed=seed)
+        self.identifiability_difference = self.class_context(rows, classes, -1.0 / classes, 1.0)
+        self.change_rate_difference = self.class_context(len(self.changes))
         self.metrics = nn.ModuleDict(
             {
                 "accuracy": self.accuracy,
@@ -112,8 +113,7 @@ class IdentifiabilityStudy(ModelStudy):
         before_too = (top[1:] == top[:-1])[None]
         self.composition.update(torch.cat([before_too, layers[:, 1:]]), members)
         if batch.masks is not None:
-            share = 1.0 - ranks.double() / self.readout.num_classes
-            self.identifiability_difference.update(share, members, batch.indices)
+            self.identifiability_difference.update(ranks, members, batch.indices)
             self.change_rate_difference.update(after > before, members, batch.indices)
         if self.save_tokens:
             self._save(batch, scores)
@@ -205,4 +205,4 @@ class IdentifiabilityStudy(ModelStudy):
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
         from captum_classemb.studies.identifiability.figure import draw
 
-        return draw(tables[self.name], self.config.name)
+        return draw(tables[self.name])

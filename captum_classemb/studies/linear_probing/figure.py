@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from captum_classemb.runs.tables import Row, select
-from captum_classemb.studies.panels import COLOURS, SITE_NAMES, Panel, Series, by_block
+from captum_classemb.studies.panels import COLOURS, SITE_NAMES, Panel, Series, by_block, model_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,8 +40,9 @@ def _by_site(rows: Sequence[Row], model: str) -> Figure:
     return by_block(f"Linear probe and class embedding, {model}", drawn)
 
 
-def draw(rows: Sequence[Row], model: str) -> dict[str, Figure]:
+def draw(rows: Sequence[Row]) -> dict[str, Figure]:
     """By reader, as the paper shows it, and by site."""
+    model = model_names(rows)
     return {
         "probe_and_projection": _by_reader(rows, model),
         "probe_and_projection_by_site": _by_site(rows, model),

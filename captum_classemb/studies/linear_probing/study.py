@@ -362,7 +362,7 @@ class LinearProbingStudy(ModelStudy):
         from captum_classemb.studies.linear_probing.figure import draw
 
         (rows,) = tables.values()
-        return draw(rows, self.config.name)
+        return draw(rows)
 
 
 def _positions(given: str | None) -> list[int] | None:

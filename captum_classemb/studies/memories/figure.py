@@ -12,6 +12,7 @@ from captum_classemb.studies.panels import (
     Panel,
     Series,
     by_block,
+    model_names,
     up_to_highest,
 )
 
@@ -40,14 +41,25 @@ def _tokens(rows: Sequence[Row], metric: str, title: str, label: str, control: s
     return _by_layer(rows, series, title, label)
 
 
+def _by_outcome() -> list[Series]:
+    """CLS and image tokens of correctly classified and of misclassified images."""
+    made = []
+    for tokens, words in (("cls", "CLS"), ("image", "image tokens")):
+        for name, style in (("correct", "-"), ("misclassified", "--")):
+            rows = {"tokens": tokens, "group": "all", "metric": f"key_value_agreement_rate_{name}"}
+            made.append(Series(f"{words}, {name}", rows, COLOURS[tokens], style))
+    return made
+
+
 def _by_layer(rows: Sequence[Row], series: Sequence[Series], title: str, label: str) -> Figure:
     """Attention beside MLP."""
     drawn = [Panel(select(rows, site=site), series, name, label) for site, name in _LAYERS.items()]
     return by_block(title, up_to_highest(drawn))
 
 
-def draw(rows: Sequence[Row], model: str) -> dict[str, Figure]:
+def draw(rows: Sequence[Row]) -> dict[str, Figure]:
     """Class–value agreement, key–value agreement rate, compositionality."""
+    model = model_names(rows)
     return {
         "class_value_agreement": _class_value(rows, model),
         "key_value_agreement": _tokens(
@@ -56,6 +68,25 @@ def draw(rows: Sequence[Row], model: str) -> dict[str, Figure]:
             f"Tokens whose strong memories stand for their class, {model}",
             "share of tokens",
             "key_value_agreement_rate_random_class",
+        ),
+        "key_value_agreement_by_outcome": _by_layer(
+            rows,
+            [
+                Series(
+                    f"{words}, {name}",
+                    {
+                        "tokens": tokens,
+                        "group": "all",
+                        "metric": f"key_value_agreement_rate_{name}",
+                    },
+                    COLOURS[tokens],
+                    style,
+                )
+                for tokens, words in (("cls", "CLS"), ("image", "image tokens"))
+                for name, style in (("correct", "-"), ("misclassified", "--"))
+            ],
+            f"Strong memories stand for the class where the prediction is right, {model}",
+            "share of tokens",
         ),
         "memory_compositionality": _tokens(
             rows,

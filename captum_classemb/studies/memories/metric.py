@@ -70,7 +70,11 @@ class KeyValueAgreement(GroupedMean):
             target: class indices, B.
             members: 4×B×N, of :func:`~captum_classemb.studies.token_groups.membership`.
         """
-        super().update(self.agreeing(strongest, values, target), members)
+        self.count_agreeing(self.agreeing(strongest, values, target), members)
+
+    def count_agreeing(self, agreeing: Tensor, members: Tensor) -> None:
+        """Take in which tokens agree, R×B×N."""
+        super().update(agreeing, members)
 
 
 class MemoryCompositionality(GroupedMean):

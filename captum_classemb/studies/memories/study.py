@@ -15,7 +15,7 @@ from captum_classemb.runs.batches import Batch
 from captum_classemb.runs.config import StudyConfig
 from captum_classemb.runs.registry import register_study
 from captum_classemb.runs.tables import Row, select
-from captum_classemb.studies.group_means import ClassContextDifference
+from captum_classemb.studies.group_means import GroupedMean
 from captum_classemb.studies.memories.metric import (
     ClassValueAgreement,
     KeyValueAgreement,
@@ -54,8 +54,9 @@ class MemoriesStudy(ModelStudy):
     """Whether value vectors stand for classes and are used by tokens of these classes.
 
     Class–value agreement of weights (Vilas et al. §5.1) beside a randomly initialised model,
-    key–value agreement rate of tokens (§5.2) beside a random class, and the compositionality of
-    memories (§5.3), for the attention and the MLP of every block.
+    key–value agreement rate of tokens (§5.2) beside a random class, also in correctly classified
+    and in misclassified images, and the compositionality of memories (§5.3), for the attention and
+    the MLP of every block.
 
     Variants: ``"paper"`` asks whether a strong memory is among the 5 best memories of the class,
     as the published code does, ``"corrected"`` whether the class is among the 5 best classes of
@@ -76,7 +77,7 @@ class MemoriesStudy(ModelStudy):
         self.depth = len(self.vit.blocks)
         self.places = [(b, f"{layer}_out") for layer in _LAYERS for b in range(self.depth)]
         self.values = self._read_values(self.vit)
-        rows, seed = len(self.places), config.seed
+        rows = len(self.places)
         self.value_agreement = ClassValueAgreement(rows, self.vit.num_classes)
         control = None
         if config.random_model is not None:
@@ -87,7 +88,8 @@ class MemoriesStudy(ModelStudy):
         self.agreement = KeyValueAgreement(rows, self.variant)
         self.control = KeyValueAgreement(rows, self.variant)
         self.compositionality = MemoryCompositionality(rows)
-        self.difference = ClassContextDifference(rows, seed=seed)
+        self.by_outcome = {name: GroupedMean(rows) for name in ("correct", "misclassified")}
+        self.difference = self.class_context(rows)
         self.metrics = nn.ModuleDict(
             {
                 "value_agreement": self.value_agreement,
@@ -95,6 +97,7 @@ class MemoriesStudy(ModelStudy):
                 "control": self.control,
                 "compositionality": self.compositionality,
                 "difference": self.difference,
+                **self.by_outcome,
             }
         )
 
@@ -121,15 +124,15 @@ class MemoriesStudy(ModelStudy):
         members = self.members(batch, tops[0].shape[1])
         classes = self.vit.num_classes
         other = random_classes(batch.labels, batch.indices, classes, self.config.seed)
-        self.agreement.update(strongest, self.values, batch.labels, members)
+        agreeing = self.agreement.agreeing(strongest, self.values, batch.labels)
+        self.agreement.count_agreeing(agreeing, members)
+        right = recording.logits.argmax(-1) == batch.labels
+        for name, of in (("correct", right), ("misclassified", ~right)):
+            self.by_outcome[name].update(agreeing, members & of[:, None])
         self.control.update(strongest, self.values, other, members)
         self.compositionality.update(strongest, self.values, torch.stack(tops), members)
         if batch.masks is not None:
-            self.difference.update(
-                self.agreement.agreeing(strongest, self.values, batch.labels),
-                members,
-                batch.indices,
-            )
+            self.difference.update(agreeing, members, batch.indices)
 
     def tables(self) -> dict[str, list[Row]]:
         rows = []
@@ -144,6 +147,10 @@ class MemoriesStudy(ModelStudy):
         for metric, means in (
             ("key_value_agreement_rate", self.agreement.compute()),
             ("key_value_agreement_rate_random_class", self.control.compute()),
+            *(
+                (f"key_value_agreement_rate_{name}", metric.compute())
+                for name, metric in self.by_outcome.items()
+            ),
             ("memory_compositionality", self.compositionality.compute()),
         ):
             rows += self.group_rows(metric, means, self.places)
@@ -158,4 +165,4 @@ class MemoriesStudy(ModelStudy):
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
         from captum_classemb.studies.memories.figure import draw
 
-        return draw(tables[self.name], self.config.name)
+        return draw(tables[self.name])

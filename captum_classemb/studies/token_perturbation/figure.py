@@ -8,7 +8,14 @@ from matplotlib.figure import Figure
 
 from captum_classemb.data import CONTEXT, OBJECT
 from captum_classemb.runs.tables import Row, select
-from captum_classemb.studies.panels import COLOURS, Panel, Series, by_block, up_to_highest
+from captum_classemb.studies.panels import (
+    COLOURS,
+    Panel,
+    Series,
+    by_block,
+    model_names,
+    up_to_highest,
+)
 from captum_classemb.studies.perturbation import UNPERTURBED
 
 #: What is removed in each pass, and the group of tokens that is left.
@@ -16,8 +23,9 @@ REMOVED = {"without_context": (CONTEXT, "class"), "without_class": (OBJECT, "con
 RATE = "class_identifiability_rate"
 
 
-def draw(rows: Sequence[Row], model: str) -> dict[str, Figure]:
+def draw(rows: Sequence[Row]) -> dict[str, Figure]:
     """Class tokens with and without the context, context tokens with and without the class."""
+    model = model_names(rows)
     mean = _panels(rows, "class_identifiability", "identifiability", "mean of 1 − rank/C")
     rate = _panels(rows, RATE, "rate", "share of tokens with rank 0")
     title = f"Class identifiability without some tokens, {model}"

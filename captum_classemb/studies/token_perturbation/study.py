@@ -104,4 +104,4 @@ class TokenPerturbationStudy(PerturbationStudy):
                 yield self.row(f"{name}/{RATE}", value, found.n[1], place, "image", group)
 
     def figures(self, tables: dict[str, list[Row]]) -> dict[str, Figure]:
-        return draw(tables[self.name], self.config.name)
+        return draw(tables[self.name])

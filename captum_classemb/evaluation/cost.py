@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.hooks import RemovableHandle
 
+from captum_classemb.hooks import after, hooks_removed
 from captum_classemb.vit import ViT
 from captum_classemb.vit.parts import Call
 
 
-@dataclass
-class Cost:
-    """Costs of one image, as multiples of one forward pass of the same batch."""
+class Cost(NamedTuple):
+    """What one map costs, in forward passes of the same batch.
+
+    Attributes:
+        forward_passes: images that went through the blocks, for each that is explained.
+        backward_passes: the same of gradients.
+        time: median over repeated runs, each beside forward passes just before and after.
+        memory: largest number of bytes that lived at once above what was there before.
+        milliseconds: the fastest run, an image.
+    """
 
     forward_passes: float
     backward_passes: float
@@ -28,30 +36,26 @@ class Cost:
 
 def count_passes(vit: ViT, run: Callable[[], Any], images: int, tokens: int) -> tuple[float, float]:
     """Forward and backward passes an image: tokens that went through blocks, over all of them."""
-    forward, backward = 0.0, 0.0
-    handles = []
+    counts = {"forward": 0.0, "backward": 0.0}
 
     def went_back(gradient: Tensor) -> None:
-        nonlocal backward
-        backward += gradient.shape[-3] * gradient.shape[-2]
+        counts["backward"] += gradient.shape[-3] * gradient.shape[-2]
 
-    def went_through(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        nonlocal forward
+    def went_through(args: Any, kwargs: Any, output: Any) -> None:
         entered = Call(args, kwargs).argument(0)
-        forward += entered.shape[0] * entered.shape[1]
+        counts["forward"] += entered.shape[0] * entered.shape[1]
         result = output[0] if isinstance(output, tuple) else output
         if result.requires_grad:
             result.register_hook(went_back)
 
-    for block in vit.blocks:
-        handles.append(block.module.register_forward_hook(went_through, with_kwargs=True))
-    try:
+    handles: list[RemovableHandle] = []
+    with hooks_removed(handles):
+        handles += [after(block.module, went_through) for block in vit.blocks]
+        run()  # A model with other hooks is verified anew, which is no part of the cost.
+        counts.update(forward=0.0, backward=0.0)
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     everything = images * tokens * len(vit.blocks)
-    return forward / everything, backward / everything
+    return counts["forward"] / everything, counts["backward"] / everything
 
 
 def fastest(run: Callable[[], Any], repeats: int, device: torch.device) -> float:
@@ -85,14 +89,22 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> float:
     return float(peak)
 
 
-def measure(
+def map_cost(
     vit: ViT,
     maps: Callable[[Tensor, Tensor], Tensor],
     images: Tensor,
     target: Tensor,
     repeats: int = 9,
 ) -> Cost:
-    """The cost of ``maps`` on one batch, each forward pass timed just before and after."""
+    """What maps of one batch cost.
+
+    Args:
+        vit: an adapted model.
+        maps: from images B×3×H×W and targets B to their maps.
+        images: B×3×H×W.
+        target: B.
+        repeats: how often a map that takes less than five seconds is timed.
+    """
     device = images.device
 
     def forward() -> None:
@@ -106,9 +118,8 @@ def measure(
     h, w = vit.grid((images.shape[2], images.shape[3]))
     tokens = h * w + vit.prefix_tokens
     run()  # A model is verified at its first use, and memory grows to its working size.
-    start = time.perf_counter()
     passes = count_passes(vit, run, len(images), tokens)
-    once = time.perf_counter() - start
+    once = fastest(run, 1, device)
     # A slow method is timed once: its noise averages out within the run.
     ratios, times = [], []
     for _ in range(repeats if once < 5 else 1):
