@@ -9,6 +9,7 @@ import torch
 from captum.log import log_usage
 from torch import Tensor, nn
 
+from captum_classemb.attr._base import check_classes
 from captum_classemb.attr._forward_pass import Classes, Needs, run
 from captum_classemb.attr._inputs import TensorOrTuple, forward_args, images, like_inputs
 from captum_classemb.attr.refine import Refinable
@@ -16,7 +17,6 @@ from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.functional.ledger import PathLedger
 from captum_classemb.functional.objectives import check_objective
 from captum_classemb.functional.precision import no_autocast, upcast
-from captum_classemb.readout import Readout
 from captum_classemb.vit.linearised import carried_back, refuse_unknown_steps
 from captum_classemb.vit.memories import ForwardPass
 
@@ -65,11 +65,12 @@ class AllPathImportance(Refinable):
     def __init__(
         self,
         model: nn.Module,
-        readout: Readout | None = None,
+        readout: nn.Module | None = None,
         objective: Literal["both", "logit", "log_probability"] = "both",
     ) -> None:
         check_objective(objective, ("both", "logit", "log_probability"))
         super().__init__(model, readout)
+        check_classes(self.vit, objective)
         refuse_unknown_steps(self.vit)
         self.objective = objective
 
@@ -252,10 +253,15 @@ class AllPathImportance(Refinable):
     def _ledger(
         self, pixels: Tensor, target: Any, args: tuple[Any, ...], contrast: Any
     ) -> PathLedger:
-        early = self._early_targets(target, pixels)
+        index = self._early_targets(target, pixels)
         done = run(self.vit, self.needs(), pixels, args)
-        index = self._late_targets(done, early)
-        with torch.inference_mode(False), no_autocast(pixels.device), self._reading():
+        ledger = self.ledger_of(done, self._late_targets(done, index), contrast)
+        done.checks.finish()
+        return ledger
+
+    def ledger_of(self, done: ForwardPass, index: Tensor, contrast: Any = None) -> PathLedger:
+        """The ledger of one class an image (B) from a forward pass."""
+        with torch.inference_mode(False), no_autocast(done.logits.device), self._reading():
             classes = self.against(done, index, contrast)
             logits = self.model_logits(done)
             plain = classes.contrast is not None or logits.shape[1] == 1
@@ -263,7 +269,6 @@ class AllPathImportance(Refinable):
             parts = [self._part(done, classes, kind) for kind in kinds[: 1 if plain else None]]
             if self.objective == "both":
                 parts = [_scaled(part, 1.0 / _size(part.patches)[:, 0]) for part in parts]
-            done.checks.finish()
         return parts[0] if len(parts) == 1 else _sum(*parts)
 
     def _part(self, done: ForwardPass, classes: Classes, kind: str) -> PathLedger:

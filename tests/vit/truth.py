@@ -90,7 +90,9 @@ def _explicit(
     def gated(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def gate(x: Tensor, *args: Any, **options: Any) -> Tensor:
             y = function(x, *args, **options)
-            return x * (y / x).detach() if linear else y
+            # A head is held where it is affine then.
+            inside = held or len(run.leaving) < len(parts.blocks)
+            return x * (y / x).detach() if linear and inside else y
 
         return gate
 
