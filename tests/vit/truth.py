@@ -103,7 +103,7 @@ def _explicit(
         for name, module in parts.model.named_modules() if linear else ():
             if type(module).__name__ == "GELUActivation":  # it keeps torch's function
                 stack.enter_context(mock.patch.object(module, "act", gated(F.gelu)))
-            if name.endswith(".gate"):
+            if name.endswith("attn.gate"):
                 handle = module.register_forward_hook(lambda m, args, y: y.detach())
                 stack.callback(handle.remove)
         stack.enter_context(mock.patch.object(Tensor, "softmax", eager))
