@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from captum_classemb.attr import (
     METHODS,
+    AllPathImportance,
     ClassEmbeddingProjection,
     MemoryPatchImportance,
     PatchAttribution,
@@ -36,8 +37,8 @@ from captum_classemb.vit import ViT, adapt
 
 Floats = npt.NDArray[np.floating]
 
-# What PatchImportance takes at once: more classes cost more time than a page is worth.
-_FEW = 64
+# More classes of these cost more time than a page is worth.
+_FEW = {PatchImportance: 64, AllPathImportance: 8}
 
 
 def explore(
@@ -215,7 +216,8 @@ class Explore:
         return step
 
     def _read_method(self, name: str, method: PatchAttribution) -> MethodMaps:
-        classes = self._classes_with_maps(every_class=not isinstance(method, PatchImportance))
+        few = next((few for kind, few in _FEW.items() if isinstance(method, kind)), None)
+        classes = self._classes_with_maps(few)
         maps = self._pass.maps(method, torch.from_numpy(classes))[0]
         if isinstance(method, ForwardPassAttribution):
             parts = np.stack([self._parts(method, i) for i in self.focus])
@@ -240,6 +242,8 @@ class Explore:
         done, target = self._pass.done, torch.tensor([index], device=self.vit.device)
         by_head = _numpy(method.one_class(done, target, summed=False)[0])
         by_head = by_head.reshape(*by_head.shape[:2], *self._grid)
+        if by_head.shape[1] == 1:
+            return by_head
         return np.concatenate([by_head.sum(1, keepdims=True), by_head], 1)
 
     def _read_ledger(self) -> None:
@@ -266,10 +270,10 @@ class Explore:
             score=each(lambda ledger: ledger.score),
         )
 
-    def _classes_with_maps(self, every_class: bool) -> npt.NDArray[np.integer]:
+    def _classes_with_maps(self, few: int | None) -> npt.NDArray[np.integer]:
         # Those in focus first: however improbable a target is, it is asked for.
         chosen = list(dict.fromkeys([*self.focus, *map(int, self._order)]))
-        return np.array(chosen if every_class else chosen[: max(_FEW, len(self.focus))])
+        return np.array(chosen if few is None else chosen[: max(few, len(self.focus))])
 
 
 def _pool(ledger: LogitLedger) -> Tensor:
