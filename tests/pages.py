@@ -24,7 +24,9 @@ def noise(
     patches, focus = side * side, min(9, classes)
     methods = []
     for key in OWN:
-        columns = 1 if key == "class-embedding-projection" else heads + 1
+        without_heads = key in ("all-path-importance", "class-embedding-projection")
+        columns = 1 if without_heads else heads + 1
+        few = min(classes, 16) if key == "all-path-importance" else classes
         parts = rng.normal(size=(detailed, blocks, columns, side, side))
         methods.append(
             MethodMaps(
@@ -32,8 +34,8 @@ def noise(
                 title=key.title(),
                 caption="noise",
                 whole="all",
-                classes=np.arange(classes),
-                maps=quantise(rng.normal(size=(classes, side, side))),
+                classes=np.arange(few),
+                maps=quantise(rng.normal(size=(few, side, side))),
                 parts=quantise(parts),
                 totals=parts.sum((-2, -1)),
             )

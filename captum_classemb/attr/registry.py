@@ -36,7 +36,8 @@ class Method:
     @property
     def baseline(self) -> bool:
         """Whether it is here to be compared with."""
-        return isinstance(self.build, type) and issubclass(self.build, Baseline)
+        kinds = Baseline, baselines.LibraFullGrad
+        return isinstance(self.build, type) and issubclass(self.build, kinds)
 
 
 #: Every method by its name.

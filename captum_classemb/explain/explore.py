@@ -38,7 +38,7 @@ from captum_classemb.vit import ViT, adapt
 Floats = npt.NDArray[np.floating]
 
 # More classes of these cost more time than a page is worth.
-_FEW = {PatchImportance: 64, AllPathImportance: 8}
+_FEW = {PatchImportance: 64, AllPathImportance: 16}
 
 
 def explore(
