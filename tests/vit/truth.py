@@ -260,17 +260,20 @@ class Truth:
         return sum(shares) * shares[0].sum((1, 2), keepdim=True).sqrt()  # type: ignore[no-any-return]
 
     def paths(self, count: int, affine: bool) -> Tensor:
-        """Token · derivative of the linear model at every block's input, by shares: B×L×1×P."""
+        """Token · derivative of the linear model, by each block's spread: B×L×1×P."""
         run = self._run(direct=False, held=affine, linear=True)
+        several = run.logits.shape[1] > 1
         shares = []
-        for log_probability in (False, True)[: 1 + (run.logits.shape[1] > 1)]:
+        for log_probability in (False, True)[: 1 + several]:
             leaf = run.logits.detach().requires_grad_(True)
             (g,) = torch.autograd.grad(self._picked(leaf, log_probability), leaf)
+            g = g - g.mean(1, keepdim=True) if several else g
             slopes = _slopes((g * run.logits).sum(), run.entering)
             pairs = zip(run.entering, slopes, strict=True)
             maps = torch.stack([(x * slope).sum(-1) for x, slope in pairs], 1).detach()
             maps = maps[:, :, None, -count:]
-            shares.append(maps / maps.sum((1, 2), keepdim=True).abs().sum(3, keepdim=True))
+            spread = (maps - maps.mean(-1, keepdim=True)).abs().sum(-1, keepdim=True)
+            shares.append(maps / spread / maps.shape[1])
         return sum(shares)  # type: ignore[return-value]
 
     def projection(self) -> Tensor:
