@@ -21,6 +21,7 @@ from timing import environment, interleaved
 from torch import Tensor, nn
 
 from captum_classemb import (
+    AllPathImportance,
     ClassEmbeddingGradient,
     ClassEmbeddingProjection,
     MemoryPatchImportance,
@@ -69,10 +70,14 @@ def methods(model: Any, eager: Any, images: Tensor) -> dict[str, Callable[[], An
 
     gradient, memory = ClassEmbeddingGradient(model), MemoryPatchImportance(model)
     projection, importance = ClassEmbeddingProjection(model), PatchImportance(model)
+    paths = AllPathImportance(model)
+    one_cotangent = AllPathImportance(model, objective="logit")
     gradcam = LayerGradCam(model, model.blocks[-1].norm1)
     return {
         FORWARD: forward,
         "PatchImportance.attribute": lambda: importance.attribute(images, target),
+        "AllPathImportance.attribute": lambda: paths.attribute(images, target),
+        "AllPathImportance.attribute, logit alone": lambda: one_cotangent.attribute(images, target),
         "ClassEmbeddingProjection.attribute": lambda: projection.attribute(images, target),
         "ClassEmbeddingGradient.attribute": lambda: gradient.attribute(images, target),
         "MemoryPatchImportance.attribute": lambda: memory.attribute(images, target),

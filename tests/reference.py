@@ -25,6 +25,8 @@ def score(z: Tensor, target: Tensor, objective: str, other: Tensor | None = None
         return own - z.gather(1, other[:, None])[:, 0]
     if objective == "logit":
         return own
+    if objective == "above the mean":
+        return own - z.mean(1)
     if objective == "paper" and z.shape[1] > 1:
         return z.softmax(-1).log_softmax(-1).gather(1, target[:, None])[:, 0]
     if z.shape[1] > 1:  # log p_c = log sigma(z_c - log sum of the others), at any confidence
@@ -133,12 +135,16 @@ def all_paths(
 ) -> Tensor:
     """x_b · ∂score/∂x_b at every block's input, on a copy whose factors are all detached.
 
-    The mean over blocks; for both objectives the sum of the shares: B×L×1×P.
+    The mean over blocks; for both objectives, the logit above the mean of all classes and the
+    log-probability, every block divided by its spread over the patches: B×L×1×P.
     """
     if objective == "both":
-        parts = [all_paths(known, target, kind, other) for kind in ("logit", "log_probability")]
-        shares = [p / p.sum((1, 2)).abs().sum(1).view(-1, 1, 1, 1) for p in parts]
-        return shares[0] if other is not None else shares[0] + shares[1]
+        plain = other is not None or known.oracle.logits.shape[1] == 1
+        kinds = ["logit"] if plain else ["above the mean", "log_probability"]
+        parts = [all_paths(known, target, kind, other) for kind in kinds]
+        spreads = [(p - p.mean(-1, keepdim=True)).abs().sum(-1, keepdim=True) for p in parts]
+        shares = [p / spread for p, spread in zip(parts, spreads, strict=True)]
+        return torch.stack(shares).sum(0) / parts[0].shape[1]
     z, entering = linear_logits(known)
     leaf = z.detach().requires_grad_(True)
     (g,) = torch.autograd.grad(score(leaf, target, objective, other).sum(), leaf)

@@ -9,6 +9,7 @@ import torch
 from captum.log import log_usage
 from torch import Tensor, nn
 
+from captum_classemb.attr._base import check_classes
 from captum_classemb.attr._forward_pass import Classes, Needs, run
 from captum_classemb.attr._inputs import TensorOrTuple, forward_args, images, like_inputs
 from captum_classemb.attr.refine import Refinable
@@ -16,7 +17,6 @@ from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.functional.ledger import PathLedger
 from captum_classemb.functional.objectives import check_objective
 from captum_classemb.functional.precision import no_autocast, upcast
-from captum_classemb.readout import Readout
 from captum_classemb.vit.linearised import carried_back, refuse_unknown_steps
 from captum_classemb.vit.memories import ForwardPass
 
@@ -36,9 +36,11 @@ class AllPathImportance(Refinable):
     Args:
         model (nn.Module): a supported Vision Transformer.
         readout (Readout, optional): maps features to logits. Default: the class embedding.
-        objective (str, optional): ``"logit"``, ``"log_probability"``, or ``"both"``: each map
-            divided by Σ|map| over the patches, then added. A model with one logit is explained by
-            it. Default: ``"both"``
+        objective (str, optional): ``"logit"``, ``"log_probability"``, or ``"both"``: the logit
+            above the mean of all classes and the log-probability, each block's entries divided by
+            their spread Σ|entry − mean entry| over the patches, then added. Early blocks, whose
+            entries are the largest, do not drown later ones then; the scale has no unit. A model
+            with one logit is explained by it. Default: ``"both"``
 
     Raises:
         InputError: if the objective has no such value.
@@ -65,11 +67,12 @@ class AllPathImportance(Refinable):
     def __init__(
         self,
         model: nn.Module,
-        readout: Readout | None = None,
+        readout: nn.Module | None = None,
         objective: Literal["both", "logit", "log_probability"] = "both",
     ) -> None:
         check_objective(objective, ("both", "logit", "log_probability"))
         super().__init__(model, readout)
+        check_classes(self.vit, objective)
         refuse_unknown_steps(self.vit)
         self.objective = objective
 
@@ -83,23 +86,34 @@ class AllPathImportance(Refinable):
         paths = self._patches(self._followed(done, self._directions(done, g)[0])[0])
         return [self._combined(paths.split(classes.index.shape[1], 2))[:, :, None]]
 
-    def _weightings(self, done: ForwardPass, classes: Classes) -> list[Tensor]:
-        """∂score/∂logits of the maps that are added: B×K×C each."""
-        logits = self.model_logits(done)
+    def _kinds(self, classes: Classes) -> tuple[str, ...]:
+        """The estimates that are added."""
         if self.objective != "both":
-            g = self.weights(logits, classes, self.objective)
-            return [g if self.objective == "logit" else self.resolved(done, g)]
-        if classes.contrast is not None or logits.shape[1] == 1:
-            # The difference of two log-probabilities is that of the logits.
-            return [self.weights(logits, classes, "logit")]
+            return (self.objective,)
+        # The difference of two log-probabilities is that of the logits.
+        plain = classes.contrast is not None or self.readout.num_classes == 1
+        return ("logit",) if plain else ("above the mean", "log_probability")
+
+    def _weightings(self, done: ForwardPass, classes: Classes) -> list[Tensor]:
+        """∂score/∂logits of each estimate, B×K×C."""
+        if self.objective == "log_probability":
+            return [self.resolved(done, self._weighting(done, classes, self.objective))]
         # Log-odds have the direction of the log-probability and lose no digits.
-        return [self.weights(logits, classes, kind) for kind in ("logit", "log_odds")]
+        kinds = [kind.replace("probability", "odds") for kind in self._kinds(classes)]
+        return [self._weighting(done, classes, kind) for kind in kinds]
+
+    def _weighting(self, done: ForwardPass, classes: Classes, kind: str) -> Tensor:
+        logits = self.model_logits(done)
+        if kind != "above the mean":
+            return self.weights(logits, classes, kind)
+        g = self.weights(logits, classes, "logit")
+        return g - g.mean(-1, keepdim=True)
 
     def _combined(self, parts: Sequence[Tensor]) -> Tensor:
-        """The mean over blocks of each estimate, or their shares: L×B×K×(N − P)."""
+        """The mean over blocks, of both estimates by their spread: L×B×K×(N − P)."""
         if self.objective != "both":
             return parts[0] / len(parts[0])
-        return torch.stack([part / _size(part.sum(0)) for part in parts]).sum(0)
+        return torch.stack([part * _evened(part) for part in parts]).sum(0) / len(parts[0])
 
     def _directions(self, done: ForwardPass, g: Tensor) -> tuple[Tensor, Tensor | None]:
         try:
@@ -143,14 +157,16 @@ class AllPathImportance(Refinable):
         with torch.inference_mode(False), no_autocast(done.logits.device), self._reading():
             eye = torch.eye(rows * width, dtype=done.final.dtype, device=done.final.device)
             basis = eye.view(1, -1, rows, width).transpose(1, 2).expand(batch, -1, -1, -1)
-            found = [self._followed(done, c)[0].mean(0) for c in basis.split(self._AT_ONCE, 2)]
-            paths = self._patches(torch.cat(found, 1))
-            classes = Classes(index.expand(batch, -1))
-            parts = [
-                (self._directions(done, g)[0].transpose(1, 2).flatten(2) @ paths)[None]
-                for g in self._weightings(done, classes)
+            found = [self._followed(done, c)[0] for c in basis.split(self._AT_ONCE, 2)]
+            paths = self._patches(torch.cat(found, 2))
+            weightings = self._weightings(done, Classes(index.expand(batch, -1)))
+            directions = [
+                self._directions(done, g)[0].transpose(1, 2).flatten(2) for g in weightings
             ]
-            return self._combined(parts)[0]
+            total = torch.zeros((), dtype=paths.dtype, device=paths.device)
+            for block in paths:
+                total = total + self._combined([(u @ block)[None] for u in directions])[0]
+            return total / len(paths)
 
     # -- The ledger
 
@@ -217,7 +233,8 @@ class AllPathImportance(Refinable):
             raise InputError("no end_point was given: it is the images that were explained.")
         ledger = self.ledger(end_point, target, additional_forward_args, contrast=contrast)
         maps = attributions[0] if isinstance(attributions, (tuple, list)) else attributions
-        return upcast(maps).flatten(1).sum(1) + ledger.rest - ledger.score
+        apart = upcast(maps).flatten(1).sum(1) - ledger.patches.sum(1)
+        return apart + ledger.delta.mean(1)
 
     def ledger(
         self,
@@ -229,8 +246,8 @@ class AllPathImportance(Refinable):
     ) -> PathLedger:
         """Every token's entry at every block, and the biases.
 
-        With ``objective="both"`` the score that is split is the logit and the log-probability,
-        each divided by Σ|map| of its map.
+        With ``objective="both"`` what is split at a block is the logit above the mean of all
+        classes and the log-probability, each divided by the spread of its entries there.
 
         Args:
             inputs (Tensor or tuple[Tensor]): images, B×3×H×W.
@@ -252,56 +269,55 @@ class AllPathImportance(Refinable):
     def _ledger(
         self, pixels: Tensor, target: Any, args: tuple[Any, ...], contrast: Any
     ) -> PathLedger:
-        early = self._early_targets(target, pixels)
+        index = self._early_targets(target, pixels)
         done = run(self.vit, self.needs(), pixels, args)
-        index = self._late_targets(done, early)
-        with torch.inference_mode(False), no_autocast(pixels.device), self._reading():
+        ledger = self.ledger_of(done, self._late_targets(done, index), contrast)
+        done.checks.finish()
+        return ledger
+
+    def ledger_of(self, done: ForwardPass, index: Tensor, contrast: Any = None) -> PathLedger:
+        """The ledger of one class an image (B) from a forward pass."""
+        with torch.inference_mode(False), no_autocast(done.logits.device), self._reading():
             classes = self.against(done, index, contrast)
-            logits = self.model_logits(done)
-            plain = classes.contrast is not None or logits.shape[1] == 1
-            kinds = ("logit", "log_probability") if self.objective == "both" else (self.objective,)
-            parts = [self._part(done, classes, kind) for kind in kinds[: 1 if plain else None]]
-            if self.objective == "both":
-                parts = [_scaled(part, 1.0 / _size(part.patches)[:, 0]) for part in parts]
-            done.checks.finish()
-        return parts[0] if len(parts) == 1 else _sum(*parts)
+            parts = [self._part(done, classes, kind) for kind in self._kinds(classes)]
+        if self.objective != "both":
+            return parts[0]
+        evened = [_times(p, _evened(self._patches(p.entries))[..., 0]) for p in parts]
+        return evened[0] if len(evened) == 1 else _sum(*evened)
 
     def _part(self, done: ForwardPass, classes: Classes, kind: str) -> PathLedger:
         logits = self.model_logits(done)
-        g = self.weights(logits, classes, kind)
+        g = self._weighting(done, classes, kind)
         u, constant = self.last_readout.linearised(done.final, g)
         entries, biases = self._followed(done, u)
-        log_p, entropy = logits.log_softmax(-1), None
+        score, entropy = (logits[:, None] * g).sum(-1)[:, 0], None
         if kind == "log_probability" and classes.contrast is None and logits.shape[1] > 1:
             self.resolved(done, g)
-            score, entropy = log_p, (log_p.exp() * log_p).sum(-1)
-        else:
-            score = logits
-        own = score.gather(1, classes.index)[:, 0]
-        if classes.contrast is not None:
-            own = own - score.gather(1, classes.contrast)[:, 0]
+            log_p = logits.log_softmax(-1)
+            score, entropy = log_p.gather(1, classes.index)[:, 0], (log_p.exp() * log_p).sum(-1)
         return PathLedger(
             entries[:, :, 0].transpose(0, 1),
             (biases + constant)[..., 0].T,
-            own,
+            score,
             self.vit.prefix_tokens,
             entropy,
         )
 
 
-def _size(maps: Tensor) -> Tensor:
-    """Σ|map| over the patches, …×1; of a map without any evidence the smallest number."""
-    return maps.abs().sum(-1, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
+def _evened(maps: Tensor) -> Tensor:
+    """What divides a map (…×N) by Σ|score − mean score|: …×1; 0 where no patch differs."""
+    spread = (maps - maps.mean(-1, keepdim=True)).abs().sum(-1, keepdim=True)
+    return torch.where(spread > 0, 1.0 / spread, 0.0)
 
 
-def _scaled(ledger: PathLedger, factor: Tensor) -> PathLedger:
-    """Everything times a factor of each image, B."""
+def _times(ledger: PathLedger, factor: Tensor) -> PathLedger:
+    """Everything times a factor of each image and block, B×L."""
     return PathLedger(
-        ledger.entries * factor[:, None, None],
-        ledger.bias * factor[:, None],
-        ledger.score * factor,
+        ledger.entries * factor[..., None],
+        ledger.bias * factor,
+        ledger.score[:, None] * factor,
         ledger.prefix_tokens,
-        None if ledger.entropy is None else ledger.entropy * factor,
+        None if ledger.entropy is None else ledger.entropy[:, None] * factor,
     )
 
 

@@ -77,9 +77,9 @@ class PathLedger:
     Attributes:
         entries: by block and token, prefix tokens first: B×L×N.
         bias: every bias from the block on, the readout's included: B×L.
-        score: the model's own logit, log-probability, or what combines them, B.
+        score: the model's own logit or log-probability, B; B×L where blocks were scaled.
         prefix_tokens: P.
-        entropy: −H(p) where a log-probability is explained, B; else None.
+        entropy: −H(p) where a log-probability is explained, of the shape of ``score``; else None.
     """
 
     entries: Tensor
@@ -102,9 +102,14 @@ class PathLedger:
     def total(self) -> Tensor:
         """The sum of all entries at each block, B×L."""
         total = self.entries.sum(2) + self.bias
-        return total if self.entropy is None else total + self.entropy[:, None]
+        return total if self.entropy is None else total + _by_block(self.entropy)
 
     @property
     def delta(self) -> Tensor:
         """The sum at each block minus the model's own score: 0 up to rounding, B×L."""
-        return self.total - self.score[:, None]
+        return self.total - _by_block(self.score)
+
+
+def _by_block(scores: Tensor) -> Tensor:
+    """B or B×L so that it meets B×L."""
+    return scores if scores.dim() == 2 else scores[:, None]

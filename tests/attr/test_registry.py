@@ -15,6 +15,7 @@ from captum_classemb.attr import (
     MemoryPatchImportance,
     PatchImportance,
     attribute_together,
+    baselines,
     register_method,
 )
 from captum_classemb.errors import InputError
@@ -28,6 +29,8 @@ def test_every_method_is_named_once_and_says_what_it_shows() -> None:
     for name, method in METHODS.items():
         assert method.name == name and method.caption
     assert len({method.build for method in METHODS.values()}) == len(METHODS)
+    compared = {name for name, method in METHODS.items() if method.baseline}
+    assert compared == {n for n, m in METHODS.items() if m.build.__name__ in baselines.__all__}
 
 
 def test_a_method_from_outside_is_found(monkeypatch: Any) -> None:

@@ -22,6 +22,7 @@ from vit.changes import CHANGES, EXACT, Change
 from vit.truth import Truth, UnlikeError, logits_in
 
 from captum_classemb import (
+    AllPathImportance,
     ClassEmbeddingGradient,
     ClassEmbeddingProjection,
     MemoryPatchImportance,
@@ -35,6 +36,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "memory": MemoryPatchImportance,
     "gradient": partial(ClassEmbeddingGradient, objective="logit"),
     "patches": PatchImportance,
+    "paths": AllPathImportance,
     "projection": ClassEmbeddingProjection,
 }
 #: Eager attention of Hugging Face rounds its weights to float32.
@@ -57,6 +59,7 @@ QUESTIONS = {
     "memory": ("patches pixels ledger", "classes ledger"),
     "gradient": ("patches", "classes"),
     "patches": ("classes", "patches"),
+    "paths": ("patches", "classes"),
     "projection": ("patches", "patches"),
 }
 
@@ -117,6 +120,7 @@ class Judge:
                 "memory": self.truth.memory,
                 "gradient": self.truth.gradient,
                 "patches": partial(self.truth.patches, count, self.affine),
+                "paths": partial(self.truth.paths, count, self.affine),
                 "projection": self.truth.projection,
             }[name]
             self._expected[name] = make()

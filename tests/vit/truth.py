@@ -33,10 +33,13 @@ class Run:
 
 
 @contextmanager
-def _explicit(run: Run, parts: Parts, direct: bool, held: bool) -> Iterator[None]:
+def _explicit(
+    run: Run, parts: Parts, direct: bool, held: bool, linear: bool = False
+) -> Iterator[None]:
     """Attention in the graph; if ``direct``, A as a leaf and no path through later branches.
 
-    ``held``: norms, but those that branches begin with, have their σ detached.
+    ``held``: norms, but those that branches begin with, have their σ detached. ``linear``: so do
+    those too, and attention and activations are what they multiply by.
     """
     softmax, layer_norm, rms_norm = Tensor.softmax, F.layer_norm, F.rms_norm
     fused = F.scaled_dot_product_attention
@@ -44,6 +47,7 @@ def _explicit(run: Run, parts: Parts, direct: bool, held: bool) -> Iterator[None
     def seen(weights: Tensor) -> Tensor:
         if direct:
             weights = weights.detach().requires_grad_(True)
+        weights = weights.detach() if linear else weights
         run.attention.append(weights)
         return weights
 
@@ -64,9 +68,10 @@ def _explicit(run: Run, parts: Parts, direct: bool, held: bool) -> Iterator[None
         return seen(softmax(scores, -1)) @ (v.detach() if direct else v)
 
     def normed(x: Tensor, plain: Tensor, sigma: Tensor, centre: bool, weight: Any) -> Tensor:
-        if direct and any(weight is norm.weight for norm in parts.branch_norms):
+        branch = any(weight is norm.weight for norm in parts.branch_norms)
+        if direct and branch:
             return plain.detach()
-        if not held:
+        if not held and not (linear and branch):
             return plain
         y = (x - x.mean(-1, keepdim=True) if centre else x) / sigma.detach()
         y = y if weight is None else y * weight
@@ -82,7 +87,25 @@ def _explicit(run: Run, parts: Parts, direct: bool, held: bool) -> Iterator[None
         sigma = (x.square().mean(-1, keepdim=True) + (eps or torch.finfo(x.dtype).eps)).sqrt()
         return normed(x, rms_norm(x, shape, weight, eps), sigma, False, weight)
 
+    def gated(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def gate(x: Tensor, *args: Any, **options: Any) -> Tensor:
+            y = function(x, *args, **options)
+            # A head is held where it is affine then.
+            inside = held or len(run.leaving) < len(parts.blocks)
+            return x * (y / x).detach() if linear and inside else y
+
+        return gate
+
     with ExitStack() as stack:
+        for activation in ("gelu", "silu", "relu"):
+            replaced = gated(getattr(F, activation))
+            stack.enter_context(mock.patch.object(F, activation, replaced))
+        for name, module in parts.model.named_modules() if linear else ():
+            if type(module).__name__ == "GELUActivation":  # it keeps torch's function
+                stack.enter_context(mock.patch.object(module, "act", gated(F.gelu)))
+            if name.endswith("attn.gate"):
+                handle = module.register_forward_hook(lambda m, args, y: y.detach())
+                stack.callback(handle.remove)
         stack.enter_context(mock.patch.object(Tensor, "softmax", eager))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attend))
         stack.enter_context(mock.patch.object(F, "layer_norm", by_layer))
@@ -174,7 +197,9 @@ class Truth:
         """The same with every norm's σ as a function of what it is given."""
         return self._run(direct=True, held=False)
 
-    def _run(self, *, direct: bool, held: bool, rows: int | None = None) -> Run:
+    def _run(
+        self, *, direct: bool, held: bool, rows: int | None = None, linear: bool = False
+    ) -> Run:
         run = Run()
 
         def enter(tokens: Tensor) -> Tensor:
@@ -184,7 +209,8 @@ class Truth:
                 return tokens
             return torch.cat([tokens[:, :rows], tokens[:, rows:].detach()], 1)
 
-        with _explicit(run, self.parts, direct, held), _watched(run, self.parts, enter):
+        explicit = _explicit(run, self.parts, direct, held, linear)
+        with explicit, _watched(run, self.parts, enter):
             run.logits = logits_in(self.model(self.images))
         close = partial(torch.allclose, rtol=1e-5, atol=1e-5, equal_nan=True)
         if not close(run.logits.detach(), self.logits):
@@ -232,6 +258,23 @@ class Truth:
         estimates = tuple(estimate[..., -count:] for estimate in estimates)
         shares = [e / e.sum((1, 2), keepdim=True).abs().sum(3, keepdim=True) for e in estimates]
         return sum(shares) * shares[0].sum((1, 2), keepdim=True).sqrt()  # type: ignore[no-any-return]
+
+    def paths(self, count: int, affine: bool) -> Tensor:
+        """Token · derivative of the linear model, by each block's spread: B×L×1×P."""
+        run = self._run(direct=False, held=affine, linear=True)
+        several = run.logits.shape[1] > 1
+        shares = []
+        for log_probability in (False, True)[: 1 + several]:
+            leaf = run.logits.detach().requires_grad_(True)
+            (g,) = torch.autograd.grad(self._picked(leaf, log_probability), leaf)
+            g = g - g.mean(1, keepdim=True) if several else g
+            slopes = _slopes((g * run.logits).sum(), run.entering)
+            pairs = zip(run.entering, slopes, strict=True)
+            maps = torch.stack([(x * slope).sum(-1) for x, slope in pairs], 1).detach()
+            maps = maps[:, :, None, -count:]
+            spread = (maps - maps.mean(-1, keepdim=True)).abs().sum(-1, keepdim=True)
+            shares.append(maps / spread / maps.shape[1])
+        return sum(shares)  # type: ignore[return-value]
 
     def projection(self) -> Tensor:
         """The logit of every token of the last block, read alone: B×1×1×N."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 from captum_classemb.attr.all_path import AllPathImportance
-from captum_classemb.readout import Readout
 
 __all__ = ["LibraFullGrad"]
 
@@ -33,5 +32,5 @@ class LibraFullGrad(AllPathImportance):
         torch.Size([1, 3, 64, 64])
     """
 
-    def __init__(self, model: nn.Module, readout: Readout | None = None) -> None:
+    def __init__(self, model: nn.Module, readout: nn.Module | None = None) -> None:
         super().__init__(model, readout, "logit")
