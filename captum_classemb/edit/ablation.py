@@ -16,7 +16,7 @@ from captum_classemb.edit.coefficients import (
     memory_columns,
 )
 from captum_classemb.errors import InputError
-from captum_classemb.vit.parts import ViT
+from captum_classemb.vit.model import ViT
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from captum_classemb.edit.attention_edit import AttentionEdit
 from captum_classemb.errors import InputError
 from captum_classemb.hooks import before, hooks_removed
 from captum_classemb.vit.active_edits import marked, unless_paused
-from captum_classemb.vit.parts import MLP, Attention, ViT
+from captum_classemb.vit.model import ViT
+from captum_classemb.vit.parts import MLP, Attention
 
 __all__ = ["Layer", "coefficients_changed", "head_columns", "memory_columns"]
 

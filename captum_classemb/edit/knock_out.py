@@ -11,7 +11,8 @@ from torch import Tensor
 from captum_classemb.edit.attention_edit import AttentionEdit
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.functional.variant import Variant, check_variant
-from captum_classemb.vit.parts import Attention, ViT
+from captum_classemb.vit.model import ViT
+from captum_classemb.vit.parts import Attention
 
 
 @contextmanager

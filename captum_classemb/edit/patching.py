@@ -15,7 +15,8 @@ from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.hooks import after, before, hooks_removed
 from captum_classemb.readout import Norm, Scale
 from captum_classemb.vit.active_edits import marked, paused, unless_paused
-from captum_classemb.vit.parts import MLP, Attention, Call, ViT
+from captum_classemb.vit.model import ViT
+from captum_classemb.vit.parts import MLP, Attention, Call
 from captum_classemb.vit.record import ALL, SiteRecorder
 
 __all__ = ["SITES", "Change", "fitting", "observed", "part_of", "patch_activations", "patched"]

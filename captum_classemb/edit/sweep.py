@@ -11,7 +11,7 @@ from torch import Tensor
 from captum_classemb.edit.coefficients import head_columns
 from captum_classemb.edit.patching import Source, fitting, observed, part_of, patched
 from captum_classemb.errors import InputError
-from captum_classemb.vit.parts import ViT
+from captum_classemb.vit.model import ViT
 
 __all__ = ["patching_sweep"]
 

@@ -26,7 +26,8 @@ from captum_classemb.edit.tokens import (
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.hooks import after, before, hooks_removed
 from captum_classemb.vit.active_edits import patches_taken_out, tables_cut, unless_paused
-from captum_classemb.vit.parts import Call, ViT
+from captum_classemb.vit.model import ViT
+from captum_classemb.vit.parts import Call
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from torch import Tensor
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.hooks import before, hooks_removed
 from captum_classemb.readout import Readout
-from captum_classemb.vit.parts import Call, ViT
+from captum_classemb.vit.model import ViT
+from captum_classemb.vit.parts import Call
 
 
 class Kept(NamedTuple):

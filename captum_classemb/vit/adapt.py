@@ -10,7 +10,8 @@ from torch import nn
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.vit.checks import reading
 from captum_classemb.vit.inside import read_encoder, read_inside
-from captum_classemb.vit.parts import ViT, uncompiled
+from captum_classemb.vit.model import ViT
+from captum_classemb.vit.parts import uncompiled
 
 __all__ = ["Adapter", "adapt", "register_adapter"]
 

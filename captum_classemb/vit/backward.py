@@ -18,7 +18,8 @@ from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.precision import upcast
 from captum_classemb.hooks import after, before, hooks_removed, keep_output
 from captum_classemb.readout import OutputPath
-from captum_classemb.vit.parts import Attention, Block, Call, ViT
+from captum_classemb.vit.model import ViT
+from captum_classemb.vit.parts import Attention, Block, Call
 from captum_classemb.vit.record import ALL
 
 __all__ = ["AttentionTape", "attention_gradients", "watched"]

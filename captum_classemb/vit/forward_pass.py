@@ -23,7 +23,8 @@ from captum_classemb.readout.steps import stacked
 from captum_classemb.vit.active_edits import refuse_edits
 from captum_classemb.vit.checks import Checks, reading
 from captum_classemb.vit.memories import ForwardPass, Kept, Stage, stages_of
-from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT
+from captum_classemb.vit.model import ViT
+from captum_classemb.vit.parts import MLP, Attention, Block, Call
 from captum_classemb.vit.record import SiteRecorder
 
 __all__ = ["forward_pass"]

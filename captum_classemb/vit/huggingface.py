@@ -26,16 +26,8 @@ from captum_classemb.readout.activation import GatedActivation
 from captum_classemb.readout.attention_pooled import ProbePool
 from captum_classemb.readout.features import Features, layers_of, linear_head
 from captum_classemb.readout.linear import SideBySide
-from captum_classemb.vit.parts import (
-    MLP,
-    Attention,
-    Block,
-    Call,
-    ViT,
-    split_heads,
-    uncompiled,
-    whole_patches,
-)
+from captum_classemb.vit.model import ViT, whole_patches
+from captum_classemb.vit.parts import MLP, Attention, Block, Call, split_heads, uncompiled
 
 __all__ = ["HuggingFaceAttention", "adapt_classifier", "adapt_encoder", "adapt_image_encoder"]
 

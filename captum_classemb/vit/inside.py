@@ -23,7 +23,7 @@ from captum_classemb.functional.precision import upcast
 from captum_classemb.hooks import after, hooks_removed
 from captum_classemb.readout import AttentionPooled, Norm, Readout
 from captum_classemb.readout.features import Features, layers_of
-from captum_classemb.vit.parts import ViT, logits_of
+from captum_classemb.vit.model import ViT, logits_of
 from captum_classemb.vit.seen import NotCalledError, Trace, called, refusal, with_another_size
 from captum_classemb.vit.transformer_encoder import encoders_of
 from captum_classemb.vit.verify import refuse_random_forward

@@ -23,7 +23,8 @@ from captum_classemb.hooks import after, before, hooks_removed
 from captum_classemb.readout.activation import Activation
 from captum_classemb.readout.output_path import OutputPath
 from captum_classemb.readout.steps import Step
-from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT
+from captum_classemb.vit.model import ViT
+from captum_classemb.vit.parts import MLP, Attention, Block, Call
 
 __all__ = ["BlockCalls", "carried_back", "calls_kept", "refuse_unknown_steps"]
 

@@ -15,7 +15,7 @@ from captum_classemb.readout.output_path import OutputPath
 from captum_classemb.readout.steps import Step, stacked
 from captum_classemb.vit.checks import Checks
 from captum_classemb.vit.linearised import BlockCalls
-from captum_classemb.vit.parts import ViT
+from captum_classemb.vit.model import ViT
 from captum_classemb.vit.record import Recording
 
 __all__ = ["ForwardPass", "Kept", "Memories", "Stage", "stages_of"]

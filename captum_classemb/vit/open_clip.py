@@ -10,7 +10,8 @@ from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.functional.precision import upcast
 from captum_classemb.readout import Activation, ClassEmbedding, LayerScale, Linear, Norm, Part, Step
 from captum_classemb.readout.features import Features
-from captum_classemb.vit.parts import MLP, Block, ViT, uncompiled
+from captum_classemb.vit.model import ViT
+from captum_classemb.vit.parts import MLP, Block, uncompiled
 from captum_classemb.vit.torchvision import TorchAttention
 
 __all__ = ["adapt_tower"]

@@ -19,7 +19,8 @@ from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.hooks import after, before, hooks_removed
 from captum_classemb.readout import OutputPath
 from captum_classemb.vit.active_edits import refuse_edits
-from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT
+from captum_classemb.vit.model import ViT
+from captum_classemb.vit.parts import MLP, Attention, Block, Call
 
 __all__ = ["ALL", "SITES", "Recording", "SiteRecorder", "record", "record_module"]
 

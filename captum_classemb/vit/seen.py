@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.hooks import after, before, hooks_removed
-from captum_classemb.vit.parts import Call, ViT, logits_of
+from captum_classemb.vit.model import ViT, logits_of
+from captum_classemb.vit.parts import Call
 
 __all__ = ["Event", "NotCalledError", "Trace", "called", "refusal", "with_another_size"]
 

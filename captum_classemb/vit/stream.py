@@ -21,7 +21,8 @@ from captum_classemb.readout.linear import Linear
 from captum_classemb.readout.output_path import OutputPath
 from captum_classemb.readout.steps import Gate, Step, stacked
 from captum_classemb.vit.memories import ForwardPass, Stage
-from captum_classemb.vit.parts import MLP, Attention, Call, ViT
+from captum_classemb.vit.model import ViT
+from captum_classemb.vit.parts import MLP, Attention, Call
 
 __all__ = ["RowStream", "follows_rows"]
 

@@ -12,7 +12,8 @@ from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.readout import ClassEmbedding, FunctionReadout, Norm, Part, Readout
 from captum_classemb.readout.attention_pooled import TimmLatentPool
 from captum_classemb.readout.features import Features, head_size, linear_head
-from captum_classemb.vit.parts import ViT, uncompiled
+from captum_classemb.vit.model import ViT
+from captum_classemb.vit.parts import uncompiled
 from captum_classemb.vit.timm_attention import TimmAttention
 from captum_classemb.vit.timm_blocks import read_block
 

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.readout import Activation, Linear, Norm, Step
 from captum_classemb.readout.features import Features, layers_of
-from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT, split_heads, uncompiled
+from captum_classemb.vit.model import ViT
+from captum_classemb.vit.parts import MLP, Attention, Block, Call, split_heads, uncompiled
 
 __all__ = ["TorchAttention", "adapt_torchvision"]
 

@@ -11,7 +11,8 @@ from torch import nn
 
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.readout import Activation, Linear, Norm
-from captum_classemb.vit.parts import MLP, Block, ViT, uncompiled, whole_patches
+from captum_classemb.vit.model import ViT, whole_patches
+from captum_classemb.vit.parts import MLP, Block, uncompiled
 from captum_classemb.vit.torchvision import TorchAttention
 
 __all__ = ["encoders_of"]

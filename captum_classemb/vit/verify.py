@@ -25,7 +25,8 @@ from captum_classemb.hooks import before, hooks_removed, uncompiled
 from captum_classemb.readout import OutputPath
 from captum_classemb.vit.active_edits import edits_paused, refuse_edits
 from captum_classemb.vit.checks import TOLERANCE, differs, reading
-from captum_classemb.vit.parts import Call, ViT
+from captum_classemb.vit.model import ViT
+from captum_classemb.vit.parts import Call
 from captum_classemb.vit.record import Recording, record
 
 __all__ = ["call_tolerance", "identities", "refuse_random_forward", "verify"]

@@ -12,7 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.readout import Activation, Linear, Norm
 from captum_classemb.readout.features import Features, layers_of
-from captum_classemb.vit.parts import MLP, Attention, Block, Call, ViT, split_heads, whole_patches
+from captum_classemb.vit.model import ViT, whole_patches
+from captum_classemb.vit.parts import MLP, Attention, Block, Call, split_heads
 
 __all__ = ["adapt_vit_pytorch"]
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from captum_classemb.errors import InputError, MissingExtraError
 from captum_classemb.readout import Readout, TextEmbedding
 from captum_classemb.vit.adapt import adapt
-from captum_classemb.vit.parts import ViT, logits_of
+from captum_classemb.vit.model import ViT, logits_of
 
 __all__ = ["ZeroShot", "zero_shot"]
 
