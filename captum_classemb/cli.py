@@ -96,15 +96,15 @@ def cli() -> None:
         click.Argument(
             ["images"], nargs=-1, type=click.Path(path_type=Path), metavar="[IMAGE]..."
         ),
-        option("model", help="A name of timm's, or of the papers' models; open_clip:NAME; or a "
-               "folder of Hugging Face. Default: the packaged model of digits."),
-        option("checkpoint", help="Weights for it, tensors alone; of open_clip also a tag."),
-        click.Option(["--num-classes"], type=click.IntRange(min=1), metavar="N",
-                     help="Classes of the checkpoint. Default: as the file says."),
-        click.Option(["--img-size"], type=click.IntRange(min=1), metavar="N",
-                     help="Height and width of its images. Default: as the file says."),
-        click.Option(["--in-chans"], type=click.IntRange(min=1), metavar="N",
-                     help="Channels of its images. Default: as the file says."),
+        option("model", help="A name of timm's or the papers'; open_clip:NAME; a folder of Hugging "
+               "Face. Default: the packaged model of digits."),
+        option("checkpoint", help="Its weights, tensors alone; or open_clip's tag."),
+        click.Option(["--num-classes"], type=int, metavar="N",
+                     help="Its classes. Default: as the file says."),
+        click.Option(["--img-size"], type=int, metavar="N",
+                     help="Side of its images. Default: as the file says."),
+        click.Option(["--in-chans"], type=int, metavar="N",
+                     help="Their channels. Default: as the file says."),
         click.Option(["--class-names"], metavar="FILE", type=click.Path(path_type=Path),
                      help="Names of the classes, one a line."),
         click.Option(["--class", "classes"], multiple=True, metavar="TEXT",
@@ -112,25 +112,24 @@ def cli() -> None:
         click.Option(["--classes", "classes_file"], metavar="FILE",
                      type=click.Path(path_type=Path), help="The same, one a line."),
         click.Option(["--template", "templates"], multiple=True, metavar="TEXT",
-                     help="Prompt, {} for the class; several are averaged. "
-                     "Default: a photo of a {}."),
+                     help="Prompt; several allowed. Default: a photo of a {}."),
         click.Option(["--text-features"], metavar="FILE", type=click.Path(path_type=Path),
-                     help="npz file with text (C×F) instead of a text tower."),
+                     help="npz with text (C×F), for a bare image tower."),
         click.Option(
             ["--target", "targets"], multiple=True, metavar="CLASS",
-            help="Index or name; up to four. Default: the model's first choice.",
+            help="Index or name. Default: the first choice.",
         ),
         option("method", "methods", multiple=True,
-               help="One that doctor lists; several allowed. Default: all but baselines."),
+               help="Several allowed. Default: no baselines."),
         click.Option(
             ["--readout"], metavar="FILE", type=click.Path(path_type=Path),
-            help="Fitted probe or tuned lens. Default: the model's own classifier.",
+            help="Probe or lens. Default: the own classifier.",
         ),
-        option("resize"),
-        option("device"),
-        option("dtype"),
-        option("batch-size", default=8),
-        option("output", default=Path("explanations")),
+        option("resize", help="squash: all of the image."),
+        option("device", help="cpu, cuda, ..."),
+        option("dtype", metavar="TYPE", help="Or float64, bfloat16, float16."),
+        option("batch-size", default=8, help="Images at once."),
+        option("output", default=Path("explanations"), help="Folder of results."),
         click.Option(
             ["--html"], metavar="FILE", type=click.Path(path_type=Path),
             help="Write a page to explore one image instead.",
@@ -171,10 +170,8 @@ def explain(
 ) -> None:
     """Show which patches of an image speak for a class.
 
-    IMAGE is an image file or a folder; without any, a packaged image is explained. For each image
-    DIR gets a figure (.png), the maps (.npz), and what was computed on what (.json). Results of an
-    earlier run are written over, other files are not. The exit code is 2 if an image could not be
-    explained.
+    IMAGE is a file or a folder; without any, a packaged image is explained. DIR gets a figure, the
+    maps (.npz) and a record (.json) of each. The exit code is 2 if an image cannot be explained.
     """
     import torch
     from tqdm import tqdm

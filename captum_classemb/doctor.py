@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 _PACKAGE = "captum-classemb"
 _VERSIONS = (_PACKAGE, "torch", "torchvision", "timm", "captum", "torchmetrics", "numpy")
-_EXTRAS = ("transformers", "studies", "dynamics", "scenes", "docs", "test")
+_EXTRAS = ("transformers", "open_clip", "studies", "dynamics", "scenes", "docs", "test")
 _EXAMPLE = "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 _TIMEOUT = 5.0
 _REQUIREMENT = re.compile(r"^([\w.-]+).*;.*extra == [\"'](\w+)[\"']")

@@ -65,8 +65,11 @@ def load_model(
     """
     if random_init and checkpoint is not None:
         raise InputError("random_init and a checkpoint exclude each other: give one of them.")
-    given = {"num_classes": num_classes, "img_size": img_size, "in_chans": in_chans}
-    given = {key: value for key, value in given.items() if value is not None}
+    sizes = {"num_classes": num_classes, "img_size": img_size, "in_chans": in_chans}
+    given = {key: value for key, value in sizes.items() if value is not None}
+    for key, value in given.items():
+        if value < (key != "num_classes"):
+            raise InputError(f"{key} is {value}: give 1 or more.")
     if elsewhere(name):
         if given:
             raise InputError(f"{next(iter(given))} belongs to models of timm: leave it out.")
