@@ -30,8 +30,9 @@ from tqdm import tqdm
 from captum_classemb import ClassEmbeddingGradient, MemoryPatchImportance, __version__
 from captum_classemb.errors import ClassEmbError
 from captum_classemb.readout import OutputPath
-from captum_classemb.vit import adapt, identities, record
+from captum_classemb.vit import adapt, record
 from captum_classemb.vit.record import ALL
+from captum_classemb.vit.verify import identities
 
 PLAIN = (
     "vision_transformer",

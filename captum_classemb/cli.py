@@ -22,7 +22,7 @@ from captum_classemb.study_commands import study_group
 
 if TYPE_CHECKING:
     from captum_classemb.data.preprocess import ResizeMode
-    from captum_classemb.explain import Outcome
+    from captum_classemb.explain.run import Outcome
 
 __all__ = ["cli", "debug_option", "main"]
 

@@ -208,14 +208,9 @@ def _config(given: dict[str, Any]) -> StudyConfig:
 
 def study_dataset(given: dict[str, Any], labelled: bool, *, say: bool) -> StudyDataset:
     """The data, before the weights are loaded: what a model reads is known without them."""
-    from captum_classemb.data import (
-        Preprocess,
-        TrainAndTest,
-        data_config,
-        open_dataset,
-        recognise_layout,
-    )
+    from captum_classemb.data import Preprocess, data_config, open_dataset, recognise_layout
     from captum_classemb.data.labels import read_labels
+    from captum_classemb.data.splits import TrainAndTest
     from captum_classemb.models import class_names, load_model
     from captum_classemb.models.names import published_transform
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from captum_classemb.explain.compute import OWN
-from captum_classemb.explorer import ExplorerPage
 from captum_classemb.explorer.contents import Contents, LedgerEntries, MethodMaps
+from captum_classemb.explorer.page import ExplorerPage
 from captum_classemb.explorer.quantise import quantise
 
 #: Methods without entries of heads.

@@ -6,7 +6,6 @@ from captum_classemb.data.patches import patch_mask
 from captum_classemb.data.preprocess import Preprocess, boxes_to_mask, data_config
 from captum_classemb.data.sample import CONTEXT, IGNORED, OBJECT, Sample, StudyDataset
 from captum_classemb.data.scenes import SCENE_CLASSES, Scene, Scenes, render_scene
-from captum_classemb.data.splits import TrainAndTest
 
 __all__ = [
     "CONTEXT",
@@ -19,7 +18,6 @@ __all__ = [
     "Scene",
     "Scenes",
     "StudyDataset",
-    "TrainAndTest",
     "boxes_to_mask",
     "data_config",
     "open_dataset",

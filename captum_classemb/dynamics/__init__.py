@@ -12,12 +12,7 @@ from captum_classemb.dynamics.hessian import HessianSpectrum, top_eigenvalues
 from captum_classemb.dynamics.landscape import LossLandscape
 from captum_classemb.dynamics.lesion import LesionAccuracy, find_lesions
 from captum_classemb.dynamics.robustness import Robustness
-from captum_classemb.dynamics.tracing.traced_steps import (
-    TracedStep,
-    find_steps,
-    record_steps,
-    watch_steps,
-)
+from captum_classemb.dynamics.tracing.traced_steps import find_steps, record_steps, watch_steps
 from captum_classemb.dynamics.variance import FeatureMapVariance
 
 __all__ = [
@@ -31,7 +26,6 @@ __all__ = [
     "LossLandscape",
     "MinibatchCKA",
     "Robustness",
-    "TracedStep",
     "attention_blocks",
     "find_lesions",
     "find_steps",

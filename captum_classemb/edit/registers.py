@@ -36,8 +36,9 @@ class Neuron(NamedTuple):
 def sink_neurons(model: nn.Module, images: Tensor, count: int = 10) -> list[Neuron]:
     """The MLP neurons that are most active where sinks will be.
 
-    A neuron's score is the mean of |activation| at the patch tokens that are sinks after the last
-    block, over all images. Neurons of blocks before the one after which there are most sinks count.
+    A neuron's score is the mean size of its activation at the patch tokens that are sinks after the
+    last block, over all images. Neurons of blocks before the one after which there are most sinks
+    count.
 
     Args:
         model: a supported Vision Transformer.
@@ -76,7 +77,7 @@ def sink_neurons(model: nn.Module, images: Tensor, count: int = 10) -> list[Neur
     return [every[place] for place in torch.cat(scores).topk(count).indices.tolist()]
 
 
-def with_register(model: nn.Module, neurons: Sequence[Neuron]) -> ViT:
+def with_register(model: nn.Module, neurons: Sequence[tuple[int, int]]) -> ViT:
     """The model with one more prefix token, which takes over the activations of some neurons.
 
     The token enters as zeros, before a norm that lies in front of the blocks if there is one. Of
@@ -85,7 +86,7 @@ def with_register(model: nn.Module, neurons: Sequence[Neuron]) -> ViT:
 
     Args:
         model: a supported Vision Transformer whose readout reads prefix tokens.
-        neurons: as :func:`sink_neurons` finds them.
+        neurons: block and unit of each, as :func:`sink_neurons` finds them.
 
     Returns:
         an adapted model, which everything takes that takes a model.

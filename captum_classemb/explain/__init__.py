@@ -3,14 +3,13 @@
 from captum_classemb.explain.explore import Explore, explore
 from captum_classemb.explain.html import write_page
 from captum_classemb.explain.maps import MapOptions, write_maps
-from captum_classemb.explain.run import Options, Outcome, Run
+from captum_classemb.explain.run import Options, Run
 from captum_classemb.explain.saved_maps import SavedMaps
 
 __all__ = [
     "Explore",
     "MapOptions",
     "Options",
-    "Outcome",
     "Run",
     "SavedMaps",
     "explore",

@@ -26,8 +26,9 @@ from captum_classemb.data import Preprocess, read_image
 from captum_classemb.data.images import as_rgb, printable
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.explain.compute import OWN, TOP, check_methods, every_token
-from captum_classemb.explorer import ExplorerPage, explorer_page
+from captum_classemb.explorer import explorer_page
 from captum_classemb.explorer.contents import Contents, LedgerEntries, MethodMaps
+from captum_classemb.explorer.page import ExplorerPage
 from captum_classemb.explorer.quantise import quantise
 from captum_classemb.functional.identifiability import rank
 from captum_classemb.functional.ledger import LogitLedger

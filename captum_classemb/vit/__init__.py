@@ -4,7 +4,7 @@ from captum_classemb.vit.adapt import adapt, register_adapter
 from captum_classemb.vit.model import ViT
 from captum_classemb.vit.parts import MLP, Attention, Block, Call, split_heads
 from captum_classemb.vit.record import SITES, Recording, record
-from captum_classemb.vit.verify import identities, verify
+from captum_classemb.vit.verify import verify
 from captum_classemb.vit.zero_shot import zero_shot
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "Recording",
     "ViT",
     "adapt",
-    "identities",
     "record",
     "register_adapter",
     "split_heads",

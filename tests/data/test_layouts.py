@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from captum_classemb.data import Preprocess, TrainAndTest, open_dataset, recognise_layout
+from captum_classemb.data import Preprocess, open_dataset, recognise_layout
+from captum_classemb.data.splits import TrainAndTest
 from captum_classemb.errors import DataError
 
 SQUASH = Preprocess(size=(16, 16), mode="squash")

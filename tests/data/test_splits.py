@@ -7,13 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from captum_classemb.data import (
-    Preprocess,
-    Scenes,
-    TrainAndTest,
-    open_dataset,
-    recognise_layout,
-)
+from captum_classemb.data import Preprocess, Scenes, open_dataset, recognise_layout
+from captum_classemb.data.splits import TrainAndTest
 from captum_classemb.errors import DataError
 
 AS_IS = Preprocess(size=(64, 64), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))

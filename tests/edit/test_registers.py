@@ -18,7 +18,8 @@ from captum_classemb import (
     MemoryPatchImportance,
     PatchImportance,
 )
-from captum_classemb.edit import Neuron, remove_tokens, sink_neurons, with_register
+from captum_classemb.edit import remove_tokens, sink_neurons, with_register
+from captum_classemb.edit.registers import Neuron
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.functional.sinks import sinks
 from captum_classemb.vit import adapt, record

@@ -15,7 +15,7 @@ from captum_classemb.cli import cli
 from captum_classemb.data import Preprocess, read_image
 from captum_classemb.explain import Explore
 from captum_classemb.explain.compute import OWN
-from captum_classemb.explorer import ExplorerPage
+from captum_classemb.explorer.page import ExplorerPage
 from captum_classemb.models import class_names, demo_image_paths, demo_vit, load_model
 from captum_classemb.vit import adapt
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from captum_classemb.data import Preprocess, TrainAndTest, open_dataset
+from captum_classemb.data import Preprocess, open_dataset
+from captum_classemb.data.splits import TrainAndTest
 from captum_classemb.models import class_names, demo_vit
 from captum_classemb.runs import RunOptions, StudyConfig, run_study
 from captum_classemb.studies.catalogue import all_studies

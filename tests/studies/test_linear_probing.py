@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from families import CLASSES, build
 from torch import Tensor
 
-from captum_classemb.data import Sample, TrainAndTest
+from captum_classemb.data import Sample
+from captum_classemb.data.splits import TrainAndTest
 from captum_classemb.errors import DataError, InputError
 from captum_classemb.readout import LinearProbe, load_readout
 from captum_classemb.runs import Row, RunOptions, StudyConfig, read_rows, run_study, select

@@ -13,7 +13,8 @@ from captum_classemb import ClassEmbeddingGradient, MemoryPatchImportance, Patch
 from captum_classemb.edit import knock_out, remove_tokens
 from captum_classemb.errors import InputError
 from captum_classemb.readout import ClassEmbedding
-from captum_classemb.vit import adapt, identities, record
+from captum_classemb.vit import adapt, record
+from captum_classemb.vit.verify import identities
 
 transformers = pytest.importorskip("transformers")
 

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from captum_classemb import ClassEmbeddingGradient, MemoryPatchImportance, PatchImportance
 from captum_classemb.errors import InputError, UnsupportedModelError
-from captum_classemb.vit import adapt, identities
+from captum_classemb.vit import adapt
+from captum_classemb.vit.verify import identities
 
 D, CLASSES, TARGET = 24, 5, 3
 

@@ -26,7 +26,8 @@ from captum_classemb import (
 from captum_classemb.attr import baselines
 from captum_classemb.data import Preprocess
 from captum_classemb.errors import InputError, UnsupportedModelError
-from captum_classemb.vit import adapt, identities
+from captum_classemb.vit import adapt
+from captum_classemb.vit.verify import identities
 
 NAMES = ["cat", "dog", "bird"]
 

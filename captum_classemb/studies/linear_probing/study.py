@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classemb.atomic_file import write_atomically
-from captum_classemb.data import TrainAndTest
+from captum_classemb.data.splits import TrainAndTest
 from captum_classemb.errors import DataError, InputError
 from captum_classemb.functional.precision import upcast
 from captum_classemb.models.names import class_names
