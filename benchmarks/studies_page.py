@@ -55,14 +55,14 @@ def small(p: float) -> str:
 def identifiability_table() -> str:
     """Identifiability, block by block, and how class and context tokens differ."""
     rows = select(rows_of("identifiability"), site="resid_post")
-    head = ["block", *(f"{name}: mean" for name, _, _ in GROUPS), "class − context", "p",
-            "image: rate", "images with such a token"]  # fmt: skip
+    head = ["block", "CLS: mean", "image: mean", "class: mean of images", "context: mean of images",
+            "class − context", "p", "image: rate", "images with such a token"]  # fmt: skip
 
     def line(block: int) -> list[str]:
         here = select(rows, block=block)
         means = [
-            f"{one(here, metric='class_identifiability', tokens=t, group=g).value:.3f}"
-            for _, t, g in GROUPS
+            f"{one(here, metric=f'class_identifiability{end}', tokens=t, group=g).value:.3f}"
+            for (_, t, g), end in zip(GROUPS, ("", "", "_by_image", "_by_image"), strict=True)
         ]
         gap = one(here, metric="class_identifiability_class_minus_context").value
         p = one(here, metric="class_identifiability_class_minus_context_p").value
