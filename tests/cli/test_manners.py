@@ -16,7 +16,7 @@ from captum_classemb import cli as commands
 from captum_classemb.attr import METHODS
 from captum_classemb.cli import cli
 from captum_classemb.errors import DataError
-from captum_classemb.explain import run as explain_run
+from captum_classemb.explain import subject as explain_subject
 
 
 def test_debug_shows_the_traceback(explain: Explain, photos: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_terminal_is_told_that_a_model_loads_before_it_does(
     monkeypatch.setattr(stderr, "isatty", lambda: terminal)
     monkeypatch.setattr(sys, "stderr", stderr)
     at_load = []
-    load_model = explain_run.load_model
+    load_model = explain_subject.load_model
 
     def watched(*args: Any, **options: Any) -> Any:
         # An untrained one on "meta" is no load that takes time.
@@ -97,7 +97,7 @@ def test_a_terminal_is_told_that_a_model_loads_before_it_does(
             at_load.append(stderr.getvalue())
         return load_model(*args, **options)
 
-    monkeypatch.setattr(explain_run, "load_model", watched)
+    monkeypatch.setattr(explain_subject, "load_model", watched)
     words = ["explain", "--method", "class-embedding-projection", "--output", str(tmp_path)]
     words += ["--html", str(tmp_path / "page.html")] if page else []
     cli.main([*words, *(["--quiet"] if quiet else [])], standalone_mode=False)

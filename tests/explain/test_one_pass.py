@@ -12,6 +12,7 @@ import torch
 from captum_classemb.attr import METHODS
 from captum_classemb.data import Preprocess, open_dataset, read_image
 from captum_classemb.evaluation import RemovalCurves
+from captum_classemb.evaluation.removal_metric import RandomRemoval
 from captum_classemb.explain import Explore, MapOptions, write_maps
 from captum_classemb.explain.compute import OWN, Explainer
 from captum_classemb.models import class_names, demo_image_paths, demo_vit
@@ -75,6 +76,7 @@ def test_faithfulness(
 ) -> None:
     # The curves run the model, once a point: not what is counted.
     monkeypatch.setattr(RemovalCurves, "update", lambda *_: None)
+    monkeypatch.setattr(RandomRemoval, "update", lambda *_: None)
     study = FaithfulnessStudy(StudyConfig(vit, "demo_vit", variant=variant), ONE_PASS)
     data = open_dataset("scenes", Preprocess.of_model(vit.model), None, class_names(vit.model))
     (batch,) = load_batches(data, [(0, [0, 1, 2])], torch.device("cpu"))
