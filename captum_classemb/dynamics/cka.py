@@ -6,6 +6,7 @@ CKA = HSIC(K, L)/√(HSIC(K, K)·HSIC(L, L)), each HSIC averaged over batches be
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,8 +14,12 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from captum_classemb.dynamics.inference import images_in
 from captum_classemb.dynamics.tracing.traced_steps import TracedStep, find_steps, record_steps
-from captum_classemb.errors import InputError, NonFiniteError
+from captum_classemb.errors import ClassEmbWarning, InputError, NonFiniteError
+
+_FEWEST = 4
+"""Images of a batch for which the statistic exists."""
 
 
 def gram(features: Tensor) -> Tensor:
@@ -42,9 +47,10 @@ def unbiased_hsic(first: Tensor, second: Tensor) -> Tensor:
         InputError: the batch is smaller than four images, for which the statistic does not exist.
     """
     n = first.shape[-1]
-    if n < 4:
+    if n < _FEWEST:
         raise InputError(
-            f"The unbiased HSIC needs batches of at least 4 images, but one of {n} was given."
+            f"The unbiased HSIC needs batches of at least {_FEWEST} images, but one of {n} was "
+            "given."
         )
 
     def without_diagonal(kernels: Tensor) -> Tensor:
@@ -122,13 +128,15 @@ class MinibatchCKA(Metric):
 
 
 def cka(
-    model: nn.Module, batches: Iterable[Tensor], other: nn.Module | None = None
+    model: nn.Module, batches: Iterable[Any], other: nn.Module | None = None
 ) -> tuple[Tensor, tuple[TracedStep, ...], tuple[TracedStep, ...]]:
     """CKA between all steps of a model, or of two models that see the same images.
 
     Args:
         model: any vision model with spatial features.
-        batches: B×3×H×W each, at least four images.
+        batches: B×3×H×W each, at least four images; or, as a ``DataLoader`` gives them, images
+            and labels. A later batch of fewer than four images, the last one as a rule, is left
+            out with a warning.
         other: a second model; None compares the model with itself.
 
     Returns:
@@ -137,7 +145,16 @@ def cka(
     metric: MinibatchCKA | None = None
     steps: tuple[TracedStep, ...] = ()
     others: tuple[TracedStep, ...] = ()
-    for images in batches:
+    for batch in batches:
+        images = images_in(batch, model)
+        if metric is not None and len(images) < _FEWEST:
+            warnings.warn(
+                f"A batch of {len(images)} images is left out: the unbiased HSIC needs "
+                f"{_FEWEST} or more.",
+                ClassEmbWarning,
+                stacklevel=2,
+            )
+            continue
         if metric is None:
             steps = find_steps(model, images)
             others = steps if other is None else find_steps(other, images)

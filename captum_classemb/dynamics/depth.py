@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from captum_classemb.dynamics.inference import images_in
 from captum_classemb.dynamics.tracing.traced_steps import (
     StepKind,
     TracedStep,
@@ -73,10 +74,10 @@ class DepthMetrics(nn.Module):
             raise InputError("There is nothing to compute: no batch of images was given.")
         return [metric.compute() for metric in self[sort]]
 
-    def run(self, batches: Iterable[Tensor]) -> DepthMetrics:
-        """Update with every batch."""
-        for images in batches:
-            self.update(images)
+    def run(self, batches: Iterable[Any]) -> DepthMetrics:
+        """Update with every batch: images, or images and labels."""
+        for batch in batches:
+            self.update(images_in(batch, self._model[0]))
         return self
 
 

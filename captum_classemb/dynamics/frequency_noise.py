@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
-from captum_classemb.dynamics.inference import check_labels, logits_of
+from captum_classemb.dynamics.inference import LabelledMetric, check_labels, logits_of
 from captum_classemb.dynamics.tracing.feature_maps import evaluating
 from captum_classemb.errors import InputError
 
@@ -63,7 +62,7 @@ def band_noise(
     return noise * (rms / noise.square().mean((1, 2, 3), keepdim=True).sqrt())
 
 
-class FrequencyNoise(Metric):
+class FrequencyNoise(LabelledMetric):
     """Streaming accuracy without noise and with noise of each band.
 
     ``update(model, images, labels)`` takes images as the model does, so the noise is measured in

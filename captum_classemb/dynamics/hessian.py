@@ -16,50 +16,59 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from captum_classemb.dynamics.inference import (
-    check_labels,
+    Loss,
     finite_loss,
-    logits_of,
+    labelled,
+    mean_loss,
+    output_of,
     twice_differentiable,
 )
+from captum_classemb.dynamics.tracing.feature_maps import without_wrapper
 from captum_classemb.errors import InputError, MissingExtraError
 
 Curvature = Literal["hessian", "ggn"]
 Floats = NDArray[np.float64]
 
 
-class _Logits(nn.Module):
+class _Outputs(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return logits_of(self.model, images)
+        return output_of(self.model, images)
 
 
 def _product(
-    model: nn.Module, images: Tensor, labels: Tensor, curvature: Curvature
+    model: nn.Module, images: Tensor, labels: Tensor, curvature: Curvature, loss: Loss | None
 ) -> Callable[[Tensor], Tensor]:
     """The product of a vector over all parameters with one batch's curvature."""
     if curvature not in ("hessian", "ggn"):
         raise InputError(f'curvature is "hessian" or "ggn", not {curvature!r}.')
     with torch.no_grad():
-        logits = logits_of(model, images)
-    check_labels(logits, labels)
-    finite_loss(logits, "on this batch")
+        output = output_of(model, images)
+        finite_loss(output, "on this batch")
+        finite_loss(mean_loss(output, labels, loss), "on this batch")
     if curvature == "hessian":
-        return _hessian_product(model, images, labels)
+        return _hessian_product(model, images, labels, loss)
+    if loss is None:
+        loss, labels = nn.CrossEntropyLoss(), labels.long()
+    if not isinstance(loss, (nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss)):
+        raise InputError(
+            'curvature="ggn" takes a loss= of torch.nn: CrossEntropyLoss(), MSELoss() or '
+            "BCEWithLogitsLoss()."
+        )
     try:
         from curvlinops import GGNLinearOperator
     except ImportError as error:
         raise MissingExtraError("curvlinops-for-pytorch", "dynamics") from error
     operator = GGNLinearOperator(
-        _Logits(model),
-        nn.CrossEntropyLoss(),
+        _Outputs(model),
+        loss,
         list(model.parameters()),
         [(images, labels)],
         # Eval mode makes the model deterministic; there is nothing to test.
@@ -69,7 +78,7 @@ def _product(
 
 
 def _hessian_product(
-    model: nn.Module, images: Tensor, labels: Tensor
+    model: nn.Module, images: Tensor, labels: Tensor, loss: Loss | None
 ) -> Callable[[Tensor], Tensor]:
     """Products by double backward through one graph, which is built once.
 
@@ -77,8 +86,8 @@ def _hessian_product(
     some operations (SiLU) and, up to 2.15, has it wrong for the weight of a layer norm.
     """
     parameters = list(model.parameters())
-    loss = cross_entropy(logits_of(model, images), labels)
-    gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+    value = mean_loss(output_of(model, images), labels, loss)
+    gradients = torch.autograd.grad(value, parameters, create_graph=True, materialize_grads=True)
     gradient = torch.cat([g.flatten() for g in gradients])
 
     def product(vector: Tensor) -> Tensor:
@@ -97,6 +106,7 @@ def top_eigenvalues(
     count: int = 5,
     *,
     curvature: Curvature = "hessian",
+    loss: Loss | None = None,
     weight_decay: float = 0.0,
     tolerance: float = 1e-3,
     seed: int = 0,
@@ -109,6 +119,8 @@ def top_eigenvalues(
         labels: B.
         count: how many.
         curvature: the Hessian, or the Gauss–Newton matrix, which is never negative.
+        loss: the mean loss of a batch from (output, labels): binary cross-entropy, a regression's,
+            ...; cross-entropy by default. A model with one logit needs one.
         weight_decay: λ of the loss's λ/2·‖w‖².
         tolerance: relative accuracy of the eigenvalues.
         seed: of the Lanczos start vector.
@@ -118,18 +130,20 @@ def top_eigenvalues(
 
     Raises:
         MissingExtraError: curvlinops or SciPy is missing.
+        InputError: the model has one logit and no loss is given.
         NonFiniteError: the loss is not finite.
     """
     try:
         from scipy.sparse.linalg import LinearOperator, eigsh
     except ImportError as error:
         raise MissingExtraError("scipy", "dynamics") from error
+    model = without_wrapper(model)
     size = sum(p.numel() for p in model.parameters())
     if not 1 <= count < size:
         raise InputError(f"Between 1 and {size - 1} eigenvalues can be asked for, not {count}.")
     like = next(model.parameters())
     with twice_differentiable(model):
-        product = _product(model, images, labels, curvature)
+        product = _product(model, images, labels, curvature, loss)
 
         def multiply(vector: Floats) -> Floats:
             on_device = torch.from_numpy(vector.reshape(-1)).to(like)
@@ -150,6 +164,7 @@ def hessian_trace(
     labels: Tensor,
     *,
     curvature: Curvature = "hessian",
+    loss: Loss | None = None,
     weight_decay: float = 0.0,
     vectors: int = 16,
     seed: int = 0,
@@ -161,15 +176,17 @@ def hessian_trace(
         images: B×3×H×W.
         labels: B.
         curvature: the Hessian or the Gauss–Newton matrix.
+        loss: as for :func:`top_eigenvalues`.
         weight_decay: λ of the loss's λ/2·‖w‖².
         vectors: number of random sign vectors; the variance falls as one over it.
         seed: of these vectors.
     """
+    model = without_wrapper(model)
     size = sum(p.numel() for p in model.parameters())
     generator = torch.Generator().manual_seed(seed)
     like = next(model.parameters())
     with twice_differentiable(model):
-        product = _product(model, images, labels, curvature)
+        product = _product(model, images, labels, curvature, loss)
         total = 0.0
         for _ in range(vectors):
             sign = torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1.0
@@ -199,6 +216,7 @@ class HessianSpectrum(Metric):
         count: int = 5,
         *,
         curvature: Curvature = "hessian",
+        loss: Loss | None = None,
         weight_decay: float = 0.0,
         tolerance: float = 1e-3,
         vectors: int = 0,
@@ -207,6 +225,7 @@ class HessianSpectrum(Metric):
     ) -> None:
         super().__init__(**kwargs)
         self.count, self.curvature, self.weight_decay = count, curvature, weight_decay
+        self.loss = [loss]
         self.tolerance, self.vectors, self.seed = tolerance, vectors, seed
         for name in ("eigenvalues", "traces", "numbers"):
             self.add_state(name, [], dist_reduce_fx="cat")
@@ -218,6 +237,7 @@ class HessianSpectrum(Metric):
         """Add the spectrum of one batch."""
         shared: dict[str, Any] = {
             "curvature": self.curvature,
+            "loss": self.loss[0],
             "weight_decay": self.weight_decay,
             "seed": self.seed,
         }
@@ -288,7 +308,7 @@ def density(eigenvalues: Tensor, points: Tensor) -> Tensor:
 def spectrum(model: nn.Module, batches: Any, count: int = 5, **kwargs: Any) -> SpectrumSummary:
     """:class:`HessianSpectrum` over an iterable of (images, labels)."""
     metric = HessianSpectrum(count, **kwargs)
-    for images, labels in batches:
+    for images, labels in labelled(batches, model):
         metric.update(model, images, labels)
     if not metric.eigenvalues:
         raise InputError("A Hessian spectrum needs at least one batch, but none was given.")

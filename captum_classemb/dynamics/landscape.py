@@ -9,17 +9,16 @@ In both, biases and the parameters of norms stay where they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
-from captum_classemb.dynamics.inference import check_labels
-from captum_classemb.dynamics.tracing.feature_maps import evaluating
+from captum_classemb.dynamics.inference import Loss, labelled, mean_loss, output_in
+from captum_classemb.dynamics.tracing.feature_maps import evaluating, without_wrapper
 from captum_classemb.errors import InputError, NonFiniteError
 from captum_classemb.functional.variant import Variant
 
@@ -110,6 +109,8 @@ class LossLandscape(Metric):
         points: number of points a side.
         extent: how far the plane reaches, in units of the filters' own norms.
         weight_decay: λ.
+        loss: the mean loss of a batch from (output, labels): binary cross-entropy, a regression's,
+            ...; the NLL by default. A model with one logit needs one.
         variant: ``"paper"`` or ``"corrected"``.
         seed: of the directions.
     """
@@ -127,6 +128,7 @@ class LossLandscape(Metric):
         points: int = 21,
         extent: float = 1.0,
         weight_decay: float = 0.0,
+        loss: Loss | None = None,
         variant: Variant = "corrected",
         seed: int = 0,
         **kwargs: Any,
@@ -134,10 +136,11 @@ class LossLandscape(Metric):
         super().__init__(**kwargs)
         if variant not in ("paper", "corrected"):
             raise InputError(f'variant is "paper" or "corrected", not {variant!r}.')
+        model = without_wrapper(model)
         self.axis = grid_points(points, extent)
         self.weight_decay, self.variant = weight_decay, variant
         # Kept out of this module's children: a checkpoint of the sums need not hold the model.
-        self._model = [model]
+        self._model, self._loss = [model], [loss]
         weights = {name: p.detach() for name, p in model.named_parameters()}
         self._directions = directions(weights, variant, seed)
         self.add_state(
@@ -162,9 +165,8 @@ class LossLandscape(Metric):
             for i, a in enumerate(self.axis.tolist()):
                 for j, b in enumerate(self.axis.tolist()):
                     output = functional_call(model, self.weights_at(a, b), (images,))
-                    logits = getattr(output, "logits", output)
-                    check_labels(logits, labels)
-                    losses[i, j] = cross_entropy(logits, labels, reduction="sum").double()
+                    mean = mean_loss(output_in(output, model), labels, self._loss[0])
+                    losses[i, j] = mean.double() * len(images)
         centre = losses.shape[0] // 2
         if losses.shape[0] % 2 and not bool(torch.isfinite(losses[centre, centre])):
             raise NonFiniteError(
@@ -172,6 +174,12 @@ class LossLandscape(Metric):
             )
         self.nll = self.nll + losses
         self.images = self.images + images.shape[0]
+
+    def run(self, batches: Iterable[Any]) -> LossLandscape:
+        """Update with every batch: (images, labels), as a ``DataLoader`` gives them."""
+        for images, labels in labelled(batches, self._model[0]):
+            self.update(images, labels)
+        return self
 
     def compute(self) -> Tensor:
         """NLL + L2, points×points, the first direction along rows."""

@@ -13,10 +13,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
-from captum_classemb.dynamics.inference import check_labels, logits_of
-from captum_classemb.dynamics.tracing.feature_maps import evaluating
+from captum_classemb.dynamics.inference import LabelledMetric, check_labels, logits_of
+from captum_classemb.dynamics.tracing.feature_maps import evaluating, without_wrapper
 from captum_classemb.dynamics.tracing.traced_steps import StepKind, find_steps, record_steps
 from captum_classemb.errors import UnsupportedModelError
 from captum_classemb.hooks import after, hooks_removed
@@ -97,12 +96,12 @@ def without(model: nn.Module, lesion: Lesion) -> Iterator[None]:
         given = next(x for x in [*args, *kwargs.values()] if isinstance(x, Tensor))
         return (given, *output[1:]) if isinstance(output, tuple) else given
 
-    module = model.get_submodule(lesion.module)
+    module = without_wrapper(model).get_submodule(lesion.module)
     with hooks_removed([after(module, silence if lesion.how == "zero" else skip)]):
         yield
 
 
-class LesionAccuracy(Metric):
+class LesionAccuracy(LabelledMetric):
     """Streaming accuracy of the whole model and of the model without each part in turn.
 
     ``update(model, images, labels)`` takes one batch; ``compute()`` gives lesions+1 accuracies,

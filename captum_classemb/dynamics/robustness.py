@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torchmetrics import Metric
 
-from captum_classemb.dynamics.inference import check_labels, finite_loss, logits_of
+from captum_classemb.dynamics.inference import LabelledMetric, check_labels, finite_loss, logits_of
 from captum_classemb.dynamics.tracing.feature_maps import evaluating
 
 # Bins of confidence of the expected calibration error, as published.
@@ -24,7 +23,7 @@ class Quality(NamedTuple):
     ece: Tensor
 
 
-class Robustness(Metric):
+class Robustness(LabelledMetric):
     """Streaming :class:`Quality` of a model's predictions, on whatever images it is given.
 
     ``update(model, images, labels)`` takes one batch, ``compute()`` gives the quality. Constant
@@ -51,7 +50,7 @@ class Robustness(Metric):
         with evaluating(model):
             logits = logits_of(model, images)
         check_labels(logits, labels)
-        loss = cross_entropy(logits.float(), labels, reduction="sum")
+        loss = cross_entropy(logits.float(), labels.long(), reduction="sum")
         self.nll = self.nll + finite_loss(loss, "on this batch").double()
         confidence, predicted = logits.float().softmax(1).max(1)
         bins = (confidence * _BINS).ceil().long().clamp(1, _BINS) - 1

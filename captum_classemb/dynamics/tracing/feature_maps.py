@@ -24,6 +24,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def without_wrapper(model: nn.Module) -> nn.Module:
+    """The model that ``DataParallel`` or ``DistributedDataParallel`` wraps, or the model itself."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inner: nn.Module = model.module
+        return inner
+    return model
+
+
 def layout_of(model: nn.Module) -> tuple[int | None, bool]:
     """The number of prefix tokens that the model declares, and whether its channels come last."""
     prefix: int | None = None

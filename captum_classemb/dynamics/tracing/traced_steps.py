@@ -22,7 +22,12 @@ from captum_classemb.dynamics.tracing.block_list import (
     find_others,
     tensors_of,
 )
-from captum_classemb.dynamics.tracing.feature_maps import as_feature_map, evaluating, layout_of
+from captum_classemb.dynamics.tracing.feature_maps import (
+    as_feature_map,
+    evaluating,
+    layout_of,
+    without_wrapper,
+)
 from captum_classemb.dynamics.tracing.trace import Event, key
 from captum_classemb.errors import InputError, UnsupportedModelError
 from captum_classemb.hooks import after, before, hooks_removed
@@ -167,6 +172,7 @@ def find_steps(model: nn.Module, images: Tensor) -> tuple[TracedStep, ...]:
         UnsupportedModelError: no block of the model puts out feature maps, or its tokens are kept
             in an order other than the image's.
     """
+    model = without_wrapper(model)
     if images.dim() != 4:
         raise InputError(
             f"Steps are found with images B×3×H×W, but a tensor of shape {tuple(images.shape)} "
@@ -249,6 +255,7 @@ def watch_steps(
     Raises:
         UnsupportedModelError: a step put out no feature maps for these images.
     """
+    model = without_wrapper(model)
     modules = dict(model.named_modules())
     prefix, channels_last = layout_of(model)
     size = (images.shape[-2], images.shape[-1])
