@@ -136,15 +136,13 @@ def all_paths(
     """x_b · ∂score/∂x_b at every block's input, on a copy whose factors are all detached.
 
     The mean over blocks; for both objectives, the logit above the mean of all classes and the
-    log-probability, every block divided by its spread over the patches: B×L×1×P.
+    log-probability, each by shares: B×L×1×P.
     """
     if objective == "both":
         plain = other is not None or known.oracle.logits.shape[1] == 1
         kinds = ["logit"] if plain else ["above the mean", "log_probability"]
         parts = [all_paths(known, target, kind, other) for kind in kinds]
-        spreads = [(p - p.mean(-1, keepdim=True)).abs().sum(-1, keepdim=True) for p in parts]
-        shares = [p / spread for p, spread in zip(parts, spreads, strict=True)]
-        return torch.stack(shares).sum(0) / parts[0].shape[1]
+        return torch.stack([by_share(part) for part in parts]).sum(0)
     z, entering = linear_logits(known)
     leaf = z.detach().requires_grad_(True)
     (g,) = torch.autograd.grad(score(leaf, target, objective, other).sum(), leaf)
@@ -158,6 +156,18 @@ def all_paths(
         each = [(x * s).sum(-1) for x, s in zip(entered, later, strict=True)]
         maps.append(torch.cat(each, 1).detach() / len(entering))
     return torch.stack(maps, 1)[:, :, None, known.oracle.anatomy.prefix :]
+
+
+def by_share(maps: Tensor) -> Tensor:
+    """Blocks that spread over the patches at most twice as far as the median one, Σ|map| 1."""
+    shares = torch.zeros_like(maps)
+    for b, blocks in enumerate(maps[:, :, 0]):
+        spread = (blocks - blocks.mean(1, keepdim=True)).abs().sum(1)
+        most = 2 * spread.sort().values[(len(spread) - 1) // 2]
+        far = spread > most
+        capped = torch.where(far[:, None], blocks / spread[:, None] * most, blocks)
+        shares[b, :, 0] = capped / capped.sum(0).abs().sum()
+    return shares
 
 
 def linear_logits(known: Case) -> tuple[Tensor, list[list[Tensor]]]:

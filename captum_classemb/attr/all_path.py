@@ -22,6 +22,12 @@ from captum_classemb.vit.memories import ForwardPass
 
 __all__ = ["AllPathImportance"]
 
+_CAP = 2.0
+"""How much more than the median block one block may count."""
+
+_CLASSES = 100
+"""Classes whose entries by block are formed at once from those of a basis."""
+
 
 class AllPathImportance(Refinable):
     """What each patch brings to the target along every path, at every depth: the most faithful map.
@@ -37,10 +43,11 @@ class AllPathImportance(Refinable):
         model (nn.Module): a supported Vision Transformer.
         readout (Readout, optional): maps features to logits. Default: the class embedding.
         objective (str, optional): ``"logit"``, ``"log_probability"``, or ``"both"``: the logit
-            above the mean of all classes and the log-probability, each block's entries divided by
-            their spread Σ|entry − mean entry| over the patches, then added. Early blocks, whose
-            entries are the largest, do not drown later ones then; the scale has no unit. A model
-            with one logit is explained by it. Default: ``"both"``
+            above the mean of all classes and the log-probability, their maps added by shares.
+            A block whose entries spread over the patches more than twice as far as the median
+            block's counts for no more than that: the first blocks of some models would drown all
+            others. The scale has no unit. A model with one logit is explained by it. Default:
+            ``"both"``
 
     Raises:
         InputError: if the objective has no such value.
@@ -110,10 +117,10 @@ class AllPathImportance(Refinable):
         return g - g.mean(-1, keepdim=True)
 
     def _combined(self, parts: Sequence[Tensor]) -> Tensor:
-        """The mean over blocks, of both estimates by their spread: L×B×K×(N − P)."""
+        """The mean over blocks, or the sum of both estimates: L×B×K×(N − P)."""
         if self.objective != "both":
             return parts[0] / len(parts[0])
-        return torch.stack([part * _evened(part) for part in parts]).sum(0) / len(parts[0])
+        return torch.stack([part * _factors(part) for part in parts]).sum(0)
 
     def _directions(self, done: ForwardPass, g: Tensor) -> tuple[Tensor, Tensor | None]:
         try:
@@ -163,10 +170,11 @@ class AllPathImportance(Refinable):
             directions = [
                 self._directions(done, g)[0].transpose(1, 2).flatten(2) for g in weightings
             ]
-            total = torch.zeros((), dtype=paths.dtype, device=paths.device)
-            for block in paths:
-                total = total + self._combined([(u @ block)[None] for u in directions])[0]
-            return total / len(paths)
+            some = [u.split(_CLASSES, 1) for u in directions]
+            maps = [
+                self._combined([u @ paths for u in part]).sum(0) for part in zip(*some, strict=True)
+            ]
+            return torch.cat(maps, 1)
 
     # -- The ledger
 
@@ -247,7 +255,7 @@ class AllPathImportance(Refinable):
         """Every token's entry at every block, and the biases.
 
         With ``objective="both"`` what is split at a block is the logit above the mean of all
-        classes and the log-probability, each divided by the spread of its entries there.
+        classes and the log-probability, each times its block's factor in the map.
 
         Args:
             inputs (Tensor or tuple[Tensor]): images, B×3×H×W.
@@ -282,8 +290,13 @@ class AllPathImportance(Refinable):
             parts = [self._part(done, classes, kind) for kind in self._kinds(classes)]
         if self.objective != "both":
             return parts[0]
-        evened = [_times(p, _evened(self._patches(p.entries))[..., 0]) for p in parts]
-        return evened[0] if len(evened) == 1 else _sum(*evened)
+        factors = [_factors(self._patches(p.entries).transpose(0, 1)) for p in parts]
+        # A map is the sum of these entries, and of a ledger's the mean.
+        scaled = [
+            _times(part, factor[..., 0].T * len(factor))
+            for part, factor in zip(parts, factors, strict=True)
+        ]
+        return scaled[0] if len(scaled) == 1 else _sum(*scaled)
 
     def _part(self, done: ForwardPass, classes: Classes, kind: str) -> PathLedger:
         logits = self.model_logits(done)
@@ -304,10 +317,19 @@ class AllPathImportance(Refinable):
         )
 
 
-def _evened(maps: Tensor) -> Tensor:
-    """What divides a map (…×N) by Σ|score − mean score|: …×1; 0 where no patch differs."""
+def _factors(maps: Tensor) -> Tensor:
+    """What the blocks of a map (L×…×N) are multiplied by: L×…×1.
+
+    A block counts in full unless its entries spread over the patches, Σ|entry − mean entry|, more
+    than twice as far as the median block's: then as much as that. The map is divided by Σ|map|.
+    """
+    tiny = torch.finfo(maps.dtype).tiny
     spread = (maps - maps.mean(-1, keepdim=True)).abs().sum(-1, keepdim=True)
-    return torch.where(spread > 0, 1.0 / spread, 0.0)
+    most = _CAP * spread.median(0, keepdim=True).values
+    kept = (most / spread.clamp_min(tiny)).clamp(max=1.0)
+    kept = torch.where(spread > most, kept, 1.0)
+    whole = (maps * kept).sum(0).abs().sum(-1, keepdim=True)
+    return kept / whole.clamp_min(tiny)
 
 
 def _times(ledger: PathLedger, factor: Tensor) -> PathLedger:

@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from reference import by_share
 from torch import Tensor, nn
 from torch.nn import functional as F
 from vit.changed import HIDDEN, Parts
@@ -260,7 +261,7 @@ class Truth:
         return sum(shares) * shares[0].sum((1, 2), keepdim=True).sqrt()  # type: ignore[no-any-return]
 
     def paths(self, count: int, affine: bool) -> Tensor:
-        """Token · derivative of the linear model, by each block's spread: B×L×1×P."""
+        """Token · derivative of the linear model, by shares: B×L×1×P."""
         run = self._run(direct=False, held=affine, linear=True)
         several = run.logits.shape[1] > 1
         shares = []
@@ -272,8 +273,7 @@ class Truth:
             pairs = zip(run.entering, slopes, strict=True)
             maps = torch.stack([(x * slope).sum(-1) for x, slope in pairs], 1).detach()
             maps = maps[:, :, None, -count:]
-            spread = (maps - maps.mean(-1, keepdim=True)).abs().sum(-1, keepdim=True)
-            shares.append(maps / spread / maps.shape[1])
+            shares.append(by_share(maps))
         return sum(shares)  # type: ignore[return-value]
 
     def projection(self) -> Tensor:
