@@ -94,3 +94,24 @@ def test_maps(method: str, targets: Any, vit: ViT, passes: list[int], tmp_path: 
     options = MapOptions(targets, method, shard=3, batch_size=2, limit=8, progress=False)
     write_maps(vit, "demo_vit", data, tmp_path / "out", options)
     assert passes == [2, 1, 2, 1, 2]
+
+
+def test_faithfulness_of_predictions(
+    vit: ViT, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the model chooses is in the pass that its maps are made of."""
+    given = []
+    monkeypatch.setattr(RemovalCurves, "update", lambda *words: given.append(words[-1]))
+    monkeypatch.setattr(
+        "captum_classemb.evaluation.removal_metric.RandomRemoval.update", lambda *_: None
+    )
+    config = StudyConfig(vit, "demo_vit")
+    study = FaithfulnessStudy(config, ONE_PASS, target="predicted")
+    data = open_dataset("scenes", Preprocess.of_model(vit.model), None, class_names(vit.model))
+    (batch,) = load_batches(data, [(0, [0, 1, 2])], torch.device("cpu"))
+    study.update(batch)
+    assert passes == [3]
+    with torch.no_grad():
+        predicted = vit(batch.images).argmax(-1)
+    assert len(given) == len(ONE_PASS)
+    assert all(torch.equal(target, predicted) for target in given)

@@ -223,10 +223,9 @@ class FaithfulnessStudy(ModelStudy):
         return super().passes(data, images[_HALVES[self.half]])
 
     def update(self, batch: Batch) -> None:
-        target = batch.labels
-        if self.target == "predicted":
-            target = self.vit(batch.images).argmax(-1)
         shared = SharedPass(self.vit, list(self.attributions.values()), batch.images)
+        predicted = self.target == "predicted"
+        target = shared.done.logits.argmax(-1) if predicted else batch.labels
         index = target[:, None]
         each = {name: shared.maps(m, index)[:, 0] for name, m in self.attributions.items()}
         shared.finish()
