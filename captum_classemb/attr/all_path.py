@@ -30,7 +30,7 @@ _CLASSES = 100
 
 
 class AllPathImportance(Refinable):
-    """What each patch brings to the target along every path, at every depth: the most faithful map.
+    """What each patch brings to the target along every path, at every depth.
 
     With attention, the σ of norms and the gates f(x)/x of activations at their values the model is
     linear from every block on. With g_b the derivative of the score there, token j has the entry

@@ -72,6 +72,8 @@ class Attention(ABC):
     What follows may be set to say how queries, keys and values are made of the stream's rows.
     :class:`~captum_classemb.attr.PatchImportance` then follows derivatives along the rows that
     are read; without it, the branches of later blocks are held constant.
+    :class:`~captum_classemb.attr.AllPathImportance` needs ``projections`` and, where there is one,
+    ``entry``, and refuses a model without them.
 
     Attributes:
         entry: the steps between the residual stream and the projections (a norm).
