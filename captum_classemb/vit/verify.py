@@ -301,7 +301,10 @@ def _errors(vit: ViT, pixels: Tensor, forward_args: tuple[Any, ...]) -> dict[str
             _block_errors(recording, block, errors)
         if vit.has_readout:
             final = recording["resid_post"][-1][:, vit.readout.reads]
-            errors["logits"] = [_error(vit.readout(final), recording.logits)]
+            # What a head makes of an image is its own business, whatever else is in the batch.
+            alone = _error(vit.readout(final[:1]), recording.logits[:1])
+            whole = _error(vit.readout(final), recording.logits)
+            errors["logits"] = [float(torch.tensor([alone, whole]).max())]
     return errors
 
 

@@ -10,8 +10,9 @@ from captum_classemb.errors import InputError, NonFiniteError
 from captum_classemb.functional.identifiability import identifiability, rank
 from captum_classemb.readout import ClassEmbedding, Linear, Norm, Part, Readout
 from captum_classemb.studies import token_reader as projection
+from captum_classemb.studies.class_and_context import ClassContextDifference
 from captum_classemb.studies.class_identifiability import Accuracy, ClassIdentifiability
-from captum_classemb.studies.group_means import ClassContextDifference, GroupedMean
+from captum_classemb.studies.group_means import GroupedMean
 from captum_classemb.studies.identifiability.metric import (
     ClassSimilarityChangeRate,
     ResidualComposition,
