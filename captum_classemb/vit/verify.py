@@ -184,7 +184,10 @@ def _state(vit: ViT) -> tuple[int, bool]:
         for t in module["_buffers"].values()
         if t is not None
     ]
-    parts: list[Any] = [*map(id, modules), *map(id, map(type, modules)), *map(id, tensors)]
+    kinds: list[Any] = list(map(type, modules))
+    parts: list[Any] = [*map(id, modules), *map(id, kinds), *map(id, tensors)]
+    # A forward that is replaced in a class is replaced in all its modules.
+    parts.append(frozenset([id(kind.forward) for kind in set(kinds)]))
     parts += map(Tensor.data_ptr, tensors)
     try:
         parts += map(_VERSION, tensors)

@@ -201,7 +201,23 @@ def hook_on_every_module(model: Any) -> Callable[[], None]:
     return torch.nn.modules.module.register_module_forward_hook(shuffle).remove
 
 
-@pytest.mark.parametrize("change", [of_another_class, hook_on_every_module])
+def forward_of_the_class(model: Any) -> Callable[[], None]:
+    kind = type(model.patch_embed)
+    own = kind.forward
+
+    def shuffled(self: Any, x: Tensor) -> Tensor:
+        tokens: Tensor = own(self, x)
+        return tokens.flip(1)
+
+    kind.forward = shuffled
+
+    def undo() -> None:
+        kind.forward = own
+
+    return undo
+
+
+@pytest.mark.parametrize("change", [of_another_class, hook_on_every_module, forward_of_the_class])
 def test_what_leaves_no_trace_in_a_module_is_noticed(
     model: Any, images: Tensor, change: Callable[[Any], Callable[[], None]]
 ) -> None:
