@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,13 +53,42 @@ def hooks_removed(handles: list[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
-def uncompiled() -> AbstractContextManager[None]:
+@contextmanager
+def uncompiled() -> Iterator[None]:
     """Within, what ``torch.compile`` made runs as it was written."""
     # Nothing was compiled where the compiler was never imported; torch before 2.6 has no stance.
-    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-        eager: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-        return eager
-    return nullcontext()
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        yield
+        return
+    _eager.enter()
+    try:
+        yield
+    finally:
+        _eager.leave()
+
+
+class _Eager:
+    """The compiler's stance is one for all threads: the last to leave restores it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._stance: Any = None
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._stance = torch.compiler.set_stance("force_eager")
+            self._inside += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._stance.__exit__(None, None, None)
+
+
+_eager = _Eager()
 
 
 def _of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ from captum_classemb import (
 )
 from captum_classemb.attr import METHODS
 from captum_classemb.errors import InputError, UnsupportedModelError
+from captum_classemb.hooks import uncompiled
 from captum_classemb.vit import adapt
 
 TARGET = 3
@@ -283,3 +284,23 @@ def test_deterministic_algorithms(name: str, model: Any, images: Tensor) -> None
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(map(torch.equal, found, expected))
+
+
+def test_threads_leave_the_compiler_as_it_was() -> None:
+    """Those that come and go in any order: the last one out restores what compiled calls do."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    first, second = uncompiled(), uncompiled()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    compiled = torch.compile(nn.Linear(3, 3), backend=backend)
+    compiled(torch.zeros(1, 3))
+    assert not graphs
+    second.__exit__(None, None, None)
+    compiled(torch.zeros(1, 3))
+    assert len(graphs) == 1
